@@ -1,0 +1,51 @@
+# Every target sets itself up: it needs Python 3.11 or newer with venv, make and git, nothing else.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
+PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint docs bench clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## ask the small model that the project ships about a picture it has never seen
+	$(BIN)/python zoo/demo.py
+
+test: $(READY)  ## the tests that need neither a GPU nor the network
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu and not network"
+
+lint: $(READY)  ## ruff, mypy --strict, and the layers of the architecture
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(DOCS_READY)  ## build the documentation site into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY)  ## compare with transformers on this machine's CPU
+	$(BIN)/python tests/bench/cpu_vs_transformers.py
+
+clean:  ## remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist site .out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(READY): requirements-dev.txt constraints-dev.txt core/pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11. Run: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the workspace into $(VENV) (some minutes the first time)"
+	$(PIP) install -c constraints-dev.txt -r requirements-dev.txt $(addprefix -e ,$(PACKAGES))
+	@touch $@
+
+$(DOCS_READY): $(READY) requirements-docs.txt
+	$(PIP) install -c constraints-dev.txt -r requirements-docs.txt
+	@touch $@

@@ -1,0 +1,66 @@
+"""What every test of the workspace shares: fixed seeds, two threads, and no silent skips in CI."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+
+# Triton reads this when it is imported, which any test module may do: so it is set first of all.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before anything imports transformers: no test of the default run may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        default=os.environ.get("CI", "").lower() in ("1", "true"),
+        help="count skipped tests as failed (the default where CI=true)",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What nobody ran is not green: with --fail-on-skip a skip fails, an expected failure does not."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--fail-on-skip"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which --fail-on-skip counts as failed: {_reason(report.longrepr)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """The same for a whole module that skips itself."""
+    report = yield
+    if report.outcome == "skipped" and collector.config.getoption("--fail-on-skip"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which --fail-on-skip counts as failed: {_reason(report.longrepr)}"
+    return report
+
+
+def _reason(longrepr: Any) -> str:
+    return str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    """Small tensors are slower on many threads, and results should not depend on the machine."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,62 @@
+"""PrefixCache: which block holds the KV of which token prefix.
+
+Keys are chained (`hashing.block_key`): a key stands for the block's tokens and for everything
+before them, media included. A hit still compares the block's token ids, so that even a collision
+of keys cannot give another request's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mm_core.cache.blocks import BlockPool
+
+
+@dataclass(frozen=True)
+class BlockContent:
+    """A full block's key and the token ids it was computed from."""
+
+    key: bytes
+    token_ids: tuple[int, ...]
+
+
+class PrefixCache:
+    """Finds and publishes full blocks of a pool."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.version = 0  # grows with every publication: tells whether a lookup can have improved
+        self._pool = pool
+        self._by_key: dict[bytes, int] = {}
+        self._content: dict[int, BlockContent] = {}
+        pool.on_evict = self._forget
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def lookup(self, contents: Sequence[BlockContent]) -> list[int]:
+        """Blocks of the longest published prefix of `contents`, not yet shared."""
+        blocks: list[int] = []
+        for content in contents:
+            block = self._by_key.get(content.key)
+            if block is None or self._content[block].token_ids != content.token_ids:
+                break
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block: int, content: BlockContent) -> None:
+        """Make a computed block findable. A key that is published already keeps its first block."""
+        if content.key in self._by_key:
+            return
+        self._by_key[content.key] = block
+        self._content[block] = content
+        self._pool.publish(block)
+        self.version += 1
+
+    def clear(self) -> None:
+        """Forget every block that nobody uses."""
+        self._pool.drop_cached()
+
+    def _forget(self, block: int) -> None:
+        content = self._content.pop(block)
+        del self._by_key[content.key]

@@ -1,0 +1,54 @@
+"""The `mm` command: arguments, and what every subcommand does with errors.
+
+Nothing heavy is imported before a subcommand needs it, so that `mm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from mm_core import __version__
+from mm_core.cli import tables
+from mm_core.cli.run import add_run_arguments, run
+from mm_core.errors import MMError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mm` with these arguments (None: the process's own); gives the exit code.
+
+    0: done. 1: an error of mm-core, told in one line. 2: wrong usage. 130: interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.call(arguments))
+    except MMError as error:
+        print(f"mm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mm", description="Run models that read images, video and audio beside text.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mm-core {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("run", help="ask a model once", allow_abbrev=False)
+    add_run_arguments(command)
+    command.set_defaults(call=run)
+
+    command = commands.add_parser("plugins", help="list the installed plugins", allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(call=tables.plugins)
+
+    command = commands.add_parser("env", help="print the versions that a bug report needs", allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(call=tables.environment)
+    return parser

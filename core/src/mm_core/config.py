@@ -1,0 +1,210 @@
+"""Validated, frozen settings: of the engine, of its caches, and of one request's sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mm_core.errors import ConfigError, InvalidParamsError, MMError, NotBuiltError
+from mm_core.hashing import HashAlgorithm
+
+MAX_N = 128
+MAX_LOGPROBS = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+M = TypeVar("M", bound=BaseModel)
+
+
+def describe(error: ValidationError, what: str) -> str:
+    """One line a fault: which argument of `what`, what was given, what is wanted."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
+        text = fault["msg"].removeprefix("Value error, ")
+        given = repr(fault.get("input"))
+        given = given if len(given) <= 80 else given[:77] + "..."
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"{name!r} is not an option of {what}")
+        else:
+            faults.append(f"{name}={given}: {text[:1].lower()}{text[1:]}" if name else text)
+    return f"{what}: " + "; ".join(faults) + "."
+
+
+class _Settings(BaseModel):
+    """Base: strict types, no NaN, no unknown names, errors from the MMError tree."""
+
+    model_config = _FROZEN
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self._error()(describe(error, type(self).__name__)) from None
+        self._check_built()
+
+    def _check_built(self) -> None:
+        """Raise NotBuiltError for options that this release does not have."""
+
+    @classmethod
+    def _error(cls) -> type[MMError]:
+        return ConfigError
+
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class SamplingParams(_Settings):
+    """How one request's tokens are chosen. `max_tokens=None`: as far as the context goes.
+
+    temperature: 0 is greedy; else logits are divided by it (values under 1e-2 count as 1e-2).
+    top_k: 0 or -1 keeps all. min_p: drops tokens under min_p × the best token's probability.
+    presence/frequency/repetition penalties: as vLLM and transformers define them, over output
+    tokens (presence, frequency) and over prompt and output (repetition).
+    logprobs: for each output token, the log-probabilities of that many best tokens and of the
+    chosen one, under the model's own distribution (before any of the settings here).
+    stop: strings; the text ends before the first of them unless include_stop_str_in_output.
+    seed: makes the request's tokens repeatable, alone or in any batch.
+    """
+
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = 256
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    top_p: Probability = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logit_bias: Mapping[int, float] = Field(default_factory=dict)
+    skip_special_tokens: bool = True
+
+    @classmethod
+    def _error(cls) -> type[MMError]:
+        return InvalidParamsError
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_tuple(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _ids_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else () if value is None else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _bias_keys(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        if isinstance(value, Mapping):  # JSON has only str keys
+            return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop has {len(self.stop)} strings, the limit is {MAX_STOP_STRINGS}")
+        if any(not s or len(s) > MAX_STOP_LENGTH for s in self.stop):
+            raise ValueError(f"each stop string needs 1 to {MAX_STOP_LENGTH} characters")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_LOGIT_BIAS}")
+        if any(not -100.0 <= v <= 100.0 for v in self.logit_bias.values()):
+            raise ValueError("logit_bias values lie between -100 and 100")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature == 0.0
+
+
+class KvCacheConfig(_Settings):
+    """The KV cache. `num_blocks` overrides the sizing by memory (tests, tight machines).
+
+    free_gpu_memory_fraction: share of the memory left after the weights that goes to KV blocks.
+    cpu_cache_size: bytes for KV blocks where there is no GPU.
+    """
+
+    enable_block_reuse: bool = True
+    free_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    host_cache_size: Annotated[int, Field(ge=0)] = 0
+    block_size: Literal[16, 32, 64, 128] = 16
+    num_blocks: Annotated[int, Field(ge=2)] | None = None
+    cpu_cache_size: Annotated[int, Field(ge=2**20)] = 2**30
+
+    def _check_built(self) -> None:
+        if self.dtype == "fp8":
+            raise NotBuiltError(
+                "KvCacheConfig(dtype='fp8'): an fp8 KV cache is not built yet. Use dtype='auto' (the model's dtype)."
+            )
+        if self.host_cache_size:
+            raise NotBuiltError(
+                f"KvCacheConfig(host_cache_size={self.host_cache_size}): the host tier is not built yet. "
+                "Use host_cache_size=0; blocks evicted from the device are recomputed."
+            )
+
+
+class EngineConfig(_Settings):
+    """Everything `Engine.from_pretrained` accepts beside the model's name.
+
+    max_num_batched_tokens: token budget of one step. encoder_budget: the encoder's budget of one
+    step, in its own cost units (None: chosen from the token budget). encoder_cache_tokens: rows
+    kept for reuse. processor_cache_size: bytes of preprocessed media kept on the host.
+    preprocess_threads: None takes min(8, cores).
+    """
+
+    revision: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig)
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 8192
+    encoder_budget: Annotated[int, Field(ge=1)] | None = None
+    encoder_cache_tokens: Annotated[int, Field(ge=1)] = 32768
+    processor_cache_size: Annotated[int, Field(ge=0)] = 2**30
+    preprocess_threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    limit_mm_per_prompt: Mapping[str, int] = Field(default_factory=dict)
+    max_image_pixels: Annotated[int, Field(ge=1)] = 64 * 2**20
+    max_video_frames: Annotated[int, Field(ge=1)] = 768
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    hash_algorithm: HashAlgorithm = "xxh3_128"
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    show_progress: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for modality, limit in self.limit_mm_per_prompt.items():
+            if modality not in ("image", "video", "audio") or limit < 0:
+                raise ValueError(f"limit_mm_per_prompt[{modality!r}]={limit}: want image, video or audio and 0 or more")
+        if not math.isfinite(self.kv_cache_config.free_gpu_memory_fraction):  # pragma: no cover
+            raise ValueError("free_gpu_memory_fraction must be finite")
+        return self
+
+
+def validated(model: type[M], values: Mapping[str, Any], error: type[MMError] = ConfigError) -> M:
+    """Build `model` from plain values (dicts of a request, say) with errors of the MMError tree."""
+    try:
+        return model(**values)
+    except ValidationError as fault:
+        raise error(describe(fault, model.__name__)) from None

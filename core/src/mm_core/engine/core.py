@@ -1,0 +1,220 @@
+"""EngineCore: scheduler and runner behind messages, and the thread that drives them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
+from mm_core.errors import EngineError, MMError
+from mm_core.runner.runner import ModelRunner
+from mm_core.scheduler.scheduler import Scheduler
+from mm_core.scheduler.sequence import ScheduledBatch, StepResult, TokenEvent
+from mm_core.scheduler.sequence import Sequence as SequenceState
+from mm_core.types import FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Turns messages into steps and steps into outputs. Single-threaded by design."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, seed: int) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._random = random.Random(seed)
+        self._next_id = 0
+        self._requests: dict[str, list[SequenceState]] = {}
+
+    def handle(self, message: Message) -> list[TokenOutput]:
+        """Take one message; returns what it ended at once."""
+        match message:
+            case Submit(request):
+                self._submit(request)
+                return []
+            case Abort(request_id, index, stopped):
+                return self._abort(request_id, index, FinishReason.STOP if stopped else FinishReason.ABORT)
+            case ClearCache():
+                self.scheduler.prefix.clear()
+                return []
+
+    def _submit(self, request: Any) -> None:
+        params = request.params
+        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        sequences = [SequenceState(self._take_id(), request, index, seed) for index in range(params.n)]
+        self._requests[request.request_id] = sequences
+        for seq in sequences:
+            self.scheduler.add(seq)
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _abort(self, request_id: str, index: int | None, reason: FinishReason) -> list[TokenOutput]:
+        ended = [s for s in self._requests.get(request_id, []) if index is None or s.index == index]
+        outputs = []
+        for seq in ended:
+            self.scheduler.finish(seq, reason)
+            outputs.append(self._output(TokenEvent(seq, None, finish_reason=reason)))
+            self._forget(seq)
+        return outputs
+
+    def _forget(self, seq: SequenceState) -> None:
+        request_id = seq.request.request_id
+        left = [s for s in self._requests.get(request_id, []) if s is not seq]
+        if left:
+            self._requests[request_id] = left
+        else:
+            self._requests.pop(request_id, None)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenOutput]:
+        """Schedule, run and take in one step. A failing step ends the requests in it, no others."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return self._stuck()
+        try:
+            result = self.runner.execute(batch)
+        except Exception as error:
+            logger.exception("step %d failed", batch.step)
+            result = _failed_step(batch, error)
+        events = self.scheduler.update(batch, result)
+        return [self._report(event) for event in events]
+
+    def _stuck(self) -> list[TokenOutput]:
+        """Nothing could be scheduled though there is work: a request that can never run. End it."""
+        seq = (self.scheduler.running or self.scheduler.waiting)[0]
+        self.scheduler.finish(seq, FinishReason.ERROR)
+        error = EngineError(
+            f"A request of {seq.num_tokens} tokens cannot be scheduled: the KV cache or the encoder cache is too "
+            "small for it. Raise KvCacheConfig(num_blocks / cpu_cache_size / free_gpu_memory_fraction) or "
+            "encoder_cache_tokens."
+        )
+        return [self._report(TokenEvent(seq, None, finish_reason=FinishReason.ERROR, error=error))]
+
+    def _report(self, event: TokenEvent) -> TokenOutput:
+        if event.finish_reason is not None:
+            self._forget(event.seq)
+        return self._output(event)
+
+    def _output(self, event: TokenEvent) -> TokenOutput:
+        seq = event.seq
+        return TokenOutput(
+            request_id=seq.request.request_id,
+            index=seq.index,
+            token_id=event.token_id,
+            logprobs=event.logprobs,
+            finish_reason=event.finish_reason.value if event.finish_reason else None,
+            stop_reason=event.stop_reason,
+            cached_tokens=seq.num_cached_tokens or 0,
+            encoded_rows=seq.encoded_rows,
+            error=event.error,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of scheduler, blocks and encoder."""
+        scheduler = self.scheduler
+        return {
+            **asdict(scheduler.stats),
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "blocks": scheduler.pool.counts(),
+            "block_size": scheduler.pool.block_size,
+            "block_evictions": scheduler.pool.evictions,
+            "encoder_calls": self.runner.rows.calls,
+            "encoder_cache": {
+                "rows": scheduler.encoder_cache.used,
+                "capacity": scheduler.encoder_cache.capacity,
+                "items": len(scheduler.encoder_cache),
+                "hits": scheduler.encoder_cache.hits,
+                "misses": scheduler.encoder_cache.misses,
+            },
+            "kv_cache_bytes": self.runner.kv.bytes,
+        }
+
+
+def _failed_step(batch: ScheduledBatch, error: Exception) -> StepResult:
+    fault = error if isinstance(error, MMError) else EngineError(f"The step failed with {type(error).__name__}.")
+    if fault is not error:
+        fault.__cause__ = error
+    failed = {s.seq.seq_id: fault for s in batch.sequences}
+    return StepResult({}, failed, frozenset(item.key for item in batch.encode))
+
+
+class CoreThread:
+    """Runs an EngineCore in a thread of the caller's process.
+
+    listener gets the outputs of each step, in the core's thread; messages it sends while it runs
+    are handled before the next step.
+    """
+
+    def __init__(self, core: EngineCore, listener: Callable[[Sequence[TokenOutput]], None]) -> None:
+        self._core = core
+        self._listener = listener
+        self._inbox: queue.SimpleQueue[Message | threading.Event | None] = queue.SimpleQueue()
+        self._stats: dict[str, Any] = core.stats()
+        self._thread = threading.Thread(target=self._run, name="mm-core-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop still runs."""
+        return self._thread.is_alive()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; returns at once."""
+        self._inbox.put(message)
+
+    def stats(self) -> dict[str, Any]:
+        """The core's counters, taken between two steps."""
+        ready = threading.Event()
+        self._inbox.put(ready)
+        while not ready.wait(0.05):
+            if not self.alive:
+                break
+        return self._stats
+
+    def close(self) -> None:
+        """Stop after the step in flight; what is unfinished ends as aborted."""
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._take_messages():
+            if self._core.has_work:
+                self._deliver(self._core.step())
+        for request_id in list(self._core._requests):
+            self._deliver(self._core.handle(Abort(request_id)))
+
+    def _take_messages(self) -> bool:
+        """Handle all that waits, or wait while there is no work. False: close."""
+        block = not self._core.has_work
+        while block or not self._inbox.empty():
+            message = self._inbox.get()
+            block = False
+            if message is None:
+                return False
+            if isinstance(message, threading.Event):
+                self._stats = self._core.stats()
+                message.set()
+            else:
+                self._deliver(self._core.handle(message))
+        return True
+
+    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+        if not outputs:
+            return
+        try:
+            self._listener(outputs)
+        except Exception:  # a listener's fault must not stop everybody's tokens
+            logger.exception("an output listener failed")

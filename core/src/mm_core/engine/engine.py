@@ -1,0 +1,242 @@
+"""Engine: the synchronous front door."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from mm_core.config import SamplingParams
+from mm_core.engine.frontend import Frontend, build_config
+from mm_core.errors import EngineError, InvalidParamsError, InvalidPromptError, MMError
+from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
+
+Prompt = str | TextPrompt | TextPromptDict
+Messages = Sequence[Mapping[str, Any]]
+_PROGRESS_DELAY_S = 2.0
+
+
+class BatchError(MMError):
+    """Some requests of a list failed; the others' results are kept.
+
+    outputs: as long as the list, None where a request failed. errors: index → what went wrong.
+    """
+
+    code = "batch_error"
+
+    def __init__(self, outputs: list[RequestOutput | None], errors: dict[int, MMError]) -> None:
+        index, first = next(iter(errors.items()))
+        super().__init__(
+            f"{len(errors)} of {len(outputs)} requests failed; the first is number {index}: {first} "
+            "The finished ones are in this error's .outputs, all faults in .errors."
+        )
+        self.outputs = outputs
+        self.errors = errors
+
+
+class Engine:
+    """A loaded model that answers prompts.
+
+        engine = Engine.from_pretrained("Qwen/Qwen2-VL-7B-Instruct")
+        outputs = engine.generate(TextPrompt(prompt="What is this?", multi_modal_data={"image": picture}))
+        print(outputs[0].text)
+
+    Thread-safe: several threads may call it at once and their requests share batches. Use it as a
+    context manager, or call `close()`.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    @classmethod
+    def from_pretrained(cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any) -> Self:
+        """Load a model from a directory or the hub.
+
+        model: directory, or hub id (then `revision=` may pin it). plugins: modules or objects with
+        hooks that are not installed as packages. options: the fields of `EngineConfig`.
+        Raises ConfigError, PluginError, CheckpointError or OutOfMemoryError.
+        """
+        return cls(Frontend(str(model), build_config(options), plugins))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        apply_chat_template: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one prompt or a list of them; always a list, in order.
+
+        sampling_params: one for all, or one each. A single prompt's error is raised as it is; in a
+        list the others still run, then BatchError tells which failed and holds the rest.
+        """
+        batch = _as_list(prompts)
+        return self._run(batch, _params_for(sampling_params, len(batch)), apply_chat_template)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (OpenAI messages) or a list of them; always a list, in order.
+
+        User text is never parsed for special tokens.
+        """
+        batch = _as_conversations(messages)
+        return self._run(batch, _params_for(sampling_params, len(batch)), None)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        apply_chat_template: bool | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Answer one prompt (or conversation), yielding the text so far after each token.
+
+        Leaving the loop early aborts the request.
+        """
+        updates: queue.SimpleQueue[RequestOutput | MMError] = queue.SimpleQueue()
+        request_id = self._frontend.add(
+            prompt,
+            sampling_params or SamplingParams(),
+            updates.put,
+            stream=True,
+            apply_chat_template=apply_chat_template,
+        )
+        return self._updates(request_id, updates)
+
+    def _updates(
+        self, request_id: str, updates: queue.SimpleQueue[RequestOutput | MMError]
+    ) -> Iterator[RequestOutput]:
+        try:
+            while True:
+                update = updates.get()
+                if isinstance(update, MMError):
+                    raise update
+                yield update
+                if update.finished:
+                    return
+        finally:
+            self._frontend.abort(request_id)
+
+    def _run(
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams], apply_chat_template: bool | None
+    ) -> list[RequestOutput]:
+        done: queue.SimpleQueue[tuple[int, RequestOutput | MMError]] = queue.SimpleQueue()
+        ids: list[str] = []
+        try:
+            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                ids.append(
+                    self._frontend.add(
+                        prompt,
+                        param,
+                        lambda result, index=index: done.put((index, result)),  # type: ignore[misc]
+                        apply_chat_template=apply_chat_template,
+                    )
+                )
+            results = self._collect(done, len(prompts))
+        except BaseException:  # Ctrl-C included: leave nothing running that nobody waits for
+            for request_id in ids:
+                self._frontend.abort(request_id)
+            raise
+        return _unwrap(results)
+
+    def _collect(
+        self, done: queue.SimpleQueue[tuple[int, RequestOutput | MMError]], count: int
+    ) -> list[RequestOutput | MMError]:
+        results: dict[int, RequestOutput | MMError] = {}
+        bar = tqdm(
+            total=count,
+            unit="req",
+            desc="Answering",
+            delay=_PROGRESS_DELAY_S,
+            disable=count < 2 or not self._frontend.config.show_progress,
+        )
+        with bar:
+            while len(results) < count:
+                index, result = done.get()
+                results[index] = result
+                bar.update()
+        return [results[index] for index in range(count)]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters: tokens (prompt, cached, generated), steps, preemptions, blocks by state, caches."""
+        return self._frontend.stats()
+
+    def wait_idle(self, timeout: float = 10.0) -> None:
+        """Wait until nothing runs or waits; EngineError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while (stats := self.stats())["running"] or stats["waiting"]:
+            if time.monotonic() > end:
+                raise EngineError(f"Requests still run after {timeout} s.")
+            time.sleep(0.005)
+
+    def clear_cache(self) -> None:
+        """Forget all reusable KV blocks that no request uses."""
+        self._frontend.clear_cache()
+
+    def close(self) -> None:
+        """Abort what runs, stop the threads, release the memory. Idempotent."""
+        self._frontend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | TextPrompt | Mapping):
+        return [prompts]
+    if isinstance(prompts, Sequence) and prompts:
+        return list(prompts)
+    raise InvalidPromptError(
+        f"generate() takes a str, a TextPrompt, a dict with its keys, or a non-empty list of these; "
+        f"got {type(prompts).__name__}.",
+        param="prompts",
+    )
+
+
+def _as_conversations(messages: Any) -> list[Any]:
+    if isinstance(messages, Sequence) and messages and not isinstance(messages, str):
+        return [messages] if isinstance(messages[0], Mapping) else list(messages)
+    raise InvalidPromptError(
+        "chat() takes a non-empty list of messages such as [{'role': 'user', 'content': 'Hello'}], "
+        "or a list of such lists.",
+        param="messages",
+    )
+
+
+def _params_for(given: Any, count: int) -> list[SamplingParams]:
+    if given is None:
+        given = SamplingParams()
+    params = [given] * count if isinstance(given, SamplingParams) else given
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise InvalidParamsError(
+            f"sampling_params is {type(given).__name__}; give one SamplingParams(...) or a list of them.",
+            param="sampling_params",
+        )
+    if len(params) != count:
+        raise InvalidParamsError(
+            f"{len(params)} sampling_params for {count} prompts; give one for all, or one each.",
+            param="sampling_params",
+        )
+    return list(params)
+
+
+def _unwrap(results: list[RequestOutput | MMError]) -> list[RequestOutput]:
+    errors = {i: r for i, r in enumerate(results) if isinstance(r, MMError)}
+    outputs = [r for r in results if isinstance(r, RequestOutput)]
+    if not errors:
+        return outputs
+    if len(results) == 1:
+        raise errors[0]
+    raise BatchError([None if isinstance(r, MMError) else r for r in results], errors)

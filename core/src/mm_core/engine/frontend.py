@@ -1,0 +1,185 @@
+"""Frontend: what `Engine` and `AsyncEngine` share. Requests in, texts out, by callback."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.core import CoreThread
+from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
+from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
+from mm_core.engine.output import RequestText
+from mm_core.errors import EngineClosedError, EngineError, MMError, RequestAbortedError
+from mm_core.types import PreparedRequest, RequestOutput, Usage
+
+Listener = Callable[[RequestOutput | MMError], None]
+
+
+@dataclass
+class _Live:
+    """A request between `add` and its end. text is None until preprocessing is done."""
+
+    listener: Listener
+    stream: bool
+    text: RequestText | None = None
+    request: PreparedRequest | None = None
+    open: set[int] = field(default_factory=set)
+    usage: Usage = field(default_factory=Usage)
+    preparing: Future[PreparedRequest] | None = None
+
+
+class Frontend:
+    """Owns the model, the input pipeline and the engine core's thread.
+
+    A listener is called with the request's RequestOutput when it ends (and after every token
+    with stream=True), or once with the error that ended it. It runs in the engine's threads and
+    must return quickly.
+    """
+
+    def __init__(self, name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> None:
+        self.config = config
+        self.model: LoadedModel = load_model(name, config, plugins)
+        self._core, self.max_model_len = build_core(self.model, config)
+        self.pipeline = build_pipeline(self.model, config, self.max_model_len)
+        self._lock = threading.Lock()
+        self._live: dict[str, _Live] = {}
+        self._ids = itertools.count()
+        self._closed = False
+        self._thread = CoreThread(self._core, self._on_outputs)
+
+    # -- requests --------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        stream: bool = False,
+        apply_chat_template: bool | None = None,
+    ) -> str:
+        """Start a request; returns its id. A request that is refused ends through its listener."""
+        request_id = f"req-{next(self._ids)}"
+        live = _Live(listener, stream)
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
+            self._live[request_id] = live
+        future = self.pipeline.submit(request_id, prompt, params, apply_chat_template)
+        live.preparing = future
+        future.add_done_callback(lambda done: self._on_prepared(request_id, done))
+        return request_id
+
+    def _on_prepared(self, request_id: str, done: Future[PreparedRequest]) -> None:
+        try:
+            request = done.result()
+        except CancelledError:
+            self._end(request_id, RequestAbortedError("The request was aborted before it ran."))
+            return
+        except MMError as error:
+            self._end(request_id, error)
+            return
+        except Exception as error:
+            fault = EngineError(f"Preparing the request failed with {type(error).__name__}.")
+            fault.__cause__ = error
+            self._end(request_id, fault)
+            return
+        with self._lock:
+            live = self._live.get(request_id)
+            if live is None:  # aborted meanwhile
+                return
+            live.request = request
+            live.text = RequestText(request, self.model.processor.tokenizer, self.model.processor.finish)
+            live.open = set(range(request.params.n))
+            live.usage = Usage(
+                prompt_tokens=len(request.token_ids),
+                media_tokens=sum(r.feature.num_tokens for r in request.ranges),
+            )
+            self._thread.send(Submit(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; its listener gets RequestAbortedError. Unknown ids are ignored."""
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        if live.preparing is not None:
+            live.preparing.cancel()
+        self._thread.send(Abort(request_id))
+        self._end(request_id, RequestAbortedError("The request was aborted."))
+
+    def _end(self, request_id: str, result: RequestOutput | MMError) -> None:
+        with self._lock:
+            live = self._live.pop(request_id, None)
+        if live is not None:
+            live.listener(result)
+
+    # -- outputs (in the core's thread) ----------------------------------------------------
+
+    def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+        for output in outputs:
+            live = self._live.get(output.request_id)
+            if live is None or live.text is None or output.index not in live.open:
+                continue
+            if output.error is not None:
+                self._end(output.request_id, output.error)
+                self._thread.send(Abort(output.request_id))
+            elif output.finish_reason == "abort":
+                self._end(output.request_id, RequestAbortedError("The engine was closed before the request ended."))
+            else:
+                self._on_token(live, live.text, output)
+
+    def _on_token(self, live: _Live, text: RequestText, output: TokenOutput) -> None:
+        tokens = [] if output.token_id is None else [output.token_id]
+        logprobs = [output.logprobs] * len(tokens)
+        stop = text.update(output.index, tokens, logprobs, output.finish_reason, output.stop_reason)
+        if stop is not None and output.finish_reason is None:
+            self._thread.send(Abort(output.request_id, output.index, stopped=True))
+        live.usage = _count(live.usage, output)
+        if stop is not None or output.finish_reason is not None:
+            live.open.discard(output.index)
+        if not live.open:
+            self._end(output.request_id, text.output(live.usage))
+        elif live.stream:
+            live.listener(text.output(live.usage))
+
+    # -- the rest --------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of engine core and input pipeline."""
+        return {**self._thread.stats(), "processor_cache": self.pipeline.stats()}
+
+    def clear_cache(self) -> None:
+        """Forget reusable KV blocks."""
+        self._thread.send(ClearCache())
+
+    def close(self) -> None:
+        """Abort what runs and release the device. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.pipeline.close()
+        self._thread.close()
+        for request_id in list(self._live):
+            self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
+
+
+def _count(usage: Usage, output: TokenOutput) -> Usage:
+    """Usage with one more output of the core taken in; prompt-side counts are those of the first answer."""
+    first = output.index == 0
+    return replace(
+        usage,
+        completion_tokens=usage.completion_tokens + (output.token_id is not None),
+        cached_tokens=output.cached_tokens if first else usage.cached_tokens,
+        encoded_media_tokens=max(usage.encoded_media_tokens, output.encoded_rows),
+    )
+
+
+def build_config(options: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig from the keywords of `from_pretrained`; unknown ones are errors."""
+    return EngineConfig(**options)

@@ -1,0 +1,178 @@
+"""Every error mm-core raises on purpose.
+
+    MMError
+    ├── ConfigError              a setting or argument that cannot be used
+    │   ├── NotBuiltError        a documented option that this release does not have yet
+    │   └── MissingExtraError    an optional dependency is not installed
+    ├── PluginError              a plugin broke the contract
+    │   ├── PluginConflictError  two plugins claim the same thing
+    │   └── UnsupportedModelError   no installed plugin serves the architecture
+    ├── CheckpointError          a checkpoint cannot be read or does not fit the model
+    ├── RequestError             one request is wrong; all others are unaffected
+    │   ├── InvalidPromptError
+    │   ├── InvalidParamsError
+    │   ├── PlaceholderMismatchError
+    │   ├── ContextLengthError
+    │   ├── MediaError           an image, clip or video cannot be used
+    │   │   ├── MediaDecodeError
+    │   │   ├── MediaTooLargeError
+    │   │   ├── TooManyMediaError
+    │   │   └── UnsupportedMediaError
+    │   ├── MediaNotCachedError  a uuid without content whose content is gone
+    │   └── RequestAbortedError
+    └── EngineError              the engine itself failed
+        ├── EngineClosedError
+        └── OutOfMemoryError
+
+A message says what was found, where, and what to do about it. `code` is stable once released
+and is what a server puts in an error body. (`OutOfMemoryError` is not Python's `MemoryError`.)
+"""
+
+from __future__ import annotations
+
+
+class MMError(Exception):
+    """Root of the tree. `code` names the error for programs; the text is for people."""
+
+    code = "mm_error"
+
+
+class ConfigError(MMError, ValueError):
+    """A setting, argument or combination of them cannot be used."""
+
+    code = "invalid_config"
+
+
+class NotBuiltError(ConfigError, NotImplementedError):
+    """A documented option that this release does not implement; never silently ignored."""
+
+    code = "not_built"
+
+
+class MissingExtraError(ConfigError):
+    """An optional dependency is missing; the text holds the pip command."""
+
+    code = "missing_extra"
+
+
+class PluginError(MMError):
+    """A plugin broke the contract; the text names the plugin and the hook."""
+
+    code = "plugin_error"
+
+
+class PluginConflictError(PluginError):
+    """Two plugins claim one name or architecture."""
+
+    code = "plugin_conflict"
+
+
+class UnsupportedModelError(PluginError):
+    """No installed plugin claims the checkpoint's architecture."""
+
+    code = "unsupported_model"
+
+
+class CheckpointError(MMError):
+    """A checkpoint is absent, incomplete, damaged, or does not fit the model."""
+
+    code = "invalid_checkpoint"
+
+
+class RequestError(MMError, ValueError):
+    """One request cannot be served. `param` names the argument at fault, where there is one."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidPromptError(RequestError):
+    """The prompt is empty, not text, or holds token ids outside the vocabulary."""
+
+    code = "invalid_prompt"
+
+
+class InvalidParamsError(RequestError):
+    """A sampling parameter is out of range or of the wrong type."""
+
+    code = "invalid_params"
+
+
+class PlaceholderMismatchError(RequestError):
+    """The prompt's placeholders and the given media do not match in number or kind."""
+
+    code = "media_placeholder_mismatch"
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested output do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class MediaError(RequestError):
+    """An image, clip or video cannot be used."""
+
+    code = "invalid_media"
+
+
+class MediaDecodeError(MediaError):
+    """Encoded bytes are empty, truncated or not what any decoder reads. `code` says which kind."""
+
+    code = "invalid_image"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param)
+        if code is not None:
+            self.code = code
+
+
+class MediaTooLargeError(MediaError):
+    """A ceiling on pixels, frames, samples or bytes, checked before the memory is taken."""
+
+    code = "media_too_large"
+
+
+class TooManyMediaError(MediaError):
+    """More items than `limit_mm_per_prompt` allows; checked before anything is decoded."""
+
+    code = "too_many_media"
+
+
+class UnsupportedMediaError(MediaError):
+    """A modality the family does not read, or a container or value type nobody reads."""
+
+    code = "unsupported_media"
+
+
+class MediaNotCachedError(RequestError):
+    """A uuid came without content and its content is not (or no longer) cached. Send it again."""
+
+    code = "media_not_cached"
+
+
+class RequestAbortedError(RequestError):
+    """The request was aborted before it finished."""
+
+    code = "aborted"
+
+
+class EngineError(MMError):
+    """The engine, not the request, is at fault."""
+
+    code = "engine_error"
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed."""
+
+    code = "engine_closed"
+
+
+class OutOfMemoryError(EngineError):
+    """The device has too little memory; the text names the setting to change."""
+
+    code = "out_of_memory"

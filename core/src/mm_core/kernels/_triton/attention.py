@@ -1,0 +1,127 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return"
+# ruff: noqa: N803 (Triton constants are upper case)
+"""The inner loop of attention, shared by the decode and the variable-length kernels.
+
+Softmax runs online, block by block of keys (Milakov & Gimelshein 2018; Dao et al., FlashAttention, 2022),
+in base 2: exp(x) = exp2(x * log2 e), and log2 e is folded into the scale on the host.
+
+Query heads that share a key head are packed into the rows of one tile, so their keys are loaded once.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kv_slots(
+    table_ptr,
+    start,
+    kv_len,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Block and offset in it of keys [start, start + BLOCK_N); one block of all keys unless PAGED."""
+    keys = start + tl.arange(0, BLOCK_N)
+    if not PAGED:
+        blocks = tl.full([1], 0, tl.int64)
+        offsets = keys
+    elif BLOCK_SIZE % BLOCK_N == 0:
+        # The tile lies inside one block: a single table entry.
+        blocks = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64) + tl.full([1], 0, tl.int64)
+        offsets = start % BLOCK_SIZE + tl.arange(0, BLOCK_N)
+    else:
+        if MASKED:
+            blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < kv_len, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        offsets = keys % BLOCK_SIZE
+    return blocks, offsets.to(tl.int64)
+
+
+@triton.jit
+def load_rows(ptr, rows, keys, kv_len, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] tile; zeros past kv_len (whatever lies in the cache there) and past head size D."""
+    dims = tl.arange(0, BLOCK_D)
+    at = ptr + rows[:, None] + dims[None, :]
+    if MASKED:
+        tile = tl.load(at, mask=(keys[:, None] < kv_len) & (dims[None, :] < D), other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=dims[None, :] < D, other=0.0)
+    return tile
+
+
+@triton.jit
+def attend(
+    acc,  # [M, BLOCK_D] float32, not yet divided by row_sum
+    row_max,  # [M] float32, in base 2
+    row_sum,  # [M] float32
+    q,  # [M, BLOCK_D]
+    k_ptr,  # at this key head (and at this sequence's first key unless PAGED)
+    v_ptr,
+    table_ptr,  # at this sequence's row
+    stride_kb,
+    stride_kt,
+    stride_vb,
+    stride_vt,
+    bias_ptr,  # [M, 1]: key 0 of each row
+    stride_bias,
+    bias_rows,  # [M, 1] bool: rows whose bias may be loaded
+    lo,
+    hi,
+    kv_len,
+    positions,  # [M]: the last key that each row may see, for CAUSAL
+    scale,  # scale * log2 e
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_LATE: tl.constexpr,  # scale > 0 and no bias: max(s * x) = s * max(x), and s * x - m is one FMA
+    MASKED: tl.constexpr,
+):
+    """Adds keys [lo, hi) to the running softmax. Without MASKED every row must see all of them."""
+    for begin in range(lo, hi, BLOCK_N):
+        start = tl.multiple_of(begin, BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        blocks, offsets = kv_slots(table_ptr, start, kv_len, BLOCK_N, BLOCK_SIZE, PAGED, MASKED)
+        k = load_rows(k_ptr, blocks * stride_kb + offsets * stride_kt, keys, kv_len, D, BLOCK_D, MASKED)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if not SCALE_LATE:
+            scores = scores * scale
+        if HAS_BIAS:
+            loadable = bias_rows & (keys[None, :] < kv_len)
+            added = tl.load(bias_ptr + keys[None, :].to(tl.int64) * stride_bias, mask=loadable, other=0.0)
+            scores = scores + added.to(tl.float32) * 1.4426950408889634
+        if MASKED:
+            visible = keys[None, :] < kv_len
+            if CAUSAL:
+                visible = visible & (keys[None, :] <= positions[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        best = tl.max(scores, 1)
+        if SCALE_LATE:
+            best = best * scale
+        new_max = tl.maximum(row_max, best)
+        anchor = new_max
+        if MASKED or HAS_BIAS:
+            # A row that has seen no key yet has maximum -inf; -inf - -inf would be NaN.
+            anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
+        scores = scores * scale if SCALE_LATE else scores
+        weights = tl.exp2(scores - anchor[:, None])
+        fade = tl.exp2(row_max - anchor)
+        row_sum = row_sum * fade + tl.sum(weights, 1)
+        v = load_rows(v_ptr, blocks * stride_vb + offsets * stride_vt, keys, kv_len, D, BLOCK_D, MASKED)
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def finish(acc, row_sum):
+    """Divides by the softmax's sum; rows that saw no key give zeros."""
+    return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -1,0 +1,198 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return"
+# ruff: noqa: N803 (Triton constants are upper case)
+"""Attention of many query tokens per sequence, over paged or packed keys."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mm_core.kernels._triton.attention import attend, finish
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
+    """The sequence of a tile, by bisection.
+
+    Sequence s owns the tiles from cu_seqlens[s] // BLOCK_Q + s on: at least as many as it needs, and known
+    without reading lengths back from the device. Tiles past its end have nothing to do.
+    """
+    low = 0
+    high = num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_seqs"])
+def prefill_kernel(
+    out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    cu_seqlens_ptr,
+    kv_lens_ptr,
+    bias_ptr,
+    num_tiles,
+    num_seqs,
+    num_kv_heads,
+    scale,
+    stride_ot,
+    stride_oh,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_LATE: tl.constexpr,
+):
+    """One program: BLOCK_Q tokens of one sequence, all GROUP query heads of one key head."""
+    kv_head = tl.program_id(0) % num_kv_heads
+    # Causal tiles at a sequence's end are the longest: they start first, so none is left alone at the end.
+    tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
+    seq = find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_ptr + seq)
+    q_len = tl.load(cu_seqlens_ptr + seq + 1) - q_start
+    first = (tile - (q_start // BLOCK_Q + seq)) * BLOCK_Q
+    if first >= q_len:
+        return
+    if PAGED:
+        kv_len = tl.load(kv_lens_ptr + seq)
+    else:
+        kv_len = q_len
+        k_ptr += q_start.to(tl.int64) * stride_kt
+        v_ptr += q_start.to(tl.int64) * stride_vt
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    tokens = first + rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    row_ok = (rows < BLOCK_Q * GROUP) & (tokens < q_len)
+    io_mask = row_ok[:, None] & (dims[None, :] < D)
+    at = (q_start + tokens).to(tl.int64)
+    q_at = q_ptr + (at * stride_qt + heads * stride_qh)[:, None] + dims[None, :]
+    q = tl.load(q_at, mask=io_mask, other=0.0)
+
+    shift = 0
+    if CAUSAL:
+        shift = kv_len - q_len
+    positions = tokens + shift
+    bias_at = bias_ptr + (heads.to(tl.int64) * stride_bh + positions.to(tl.int64) * stride_bq)[:, None]
+    bias_rows = (row_ok & (positions >= 0))[:, None]
+
+    # Keys [0, clear) are visible to every row of the tile, keys [clear, hi) only to some.
+    hi = kv_len
+    clear = kv_len // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        hi = tl.maximum(0, tl.minimum(kv_len, shift + tl.minimum(first + BLOCK_Q, q_len)))
+        clear = tl.maximum(0, tl.minimum(kv_len, shift + first + 1)) // BLOCK_N * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
+    table_ptr += seq.to(tl.int64) * stride_table
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
+        bias_at, stride_bk, bias_rows, 0, clear, kv_len, positions, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=False,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
+        bias_at, stride_bk, bias_rows, clear, hi, kv_len, positions, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=True,
+    )  # fmt: skip
+    out_at = out_ptr + (at * stride_ot + heads * stride_oh)[:, None] + dims[None, :]
+    tl.store(out_at, finish(acc, row_sum).to(out_ptr.dtype.element_ty), mask=io_mask)
+
+
+class Tiles(NamedTuple):
+    """Sizes of one prefill program: rows of queries (tokens * group), keys a step, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def prefill_tiles(dtype: torch.dtype, head_size: int, group: int, max_q_len: int) -> Tiles:
+    """Fixed by shape: float32 runs on plain FMAs, whose tiles must stay small; half types on tensor cores."""
+    wide = triton.next_power_of_2(group)
+    if dtype == torch.float32:
+        return Tiles(max(32, wide), 32, 4, 2)
+    if head_size > 128:
+        return Tiles(max(64, wide), 32, 4, 2)
+    if max_q_len * group <= 64:
+        return Tiles(max(64, wide), 64, 4, 3)
+    return Tiles(max(128, wide), 64, 8 if head_size > 64 else 4, 3)
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    out: Tensor,
+    *,
+    max_q_len: int,
+    scale: float,
+    causal: bool,
+    block_tables: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    bias: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> None:
+    """Writes attention of q [T, Hq, D] to out [T, Hq, D]; rows outside cu_seqlens_q are left as they are.
+
+    With block_tables, k and v are caches [num_blocks, block_size, Hkv, D]; without, they are packed as q is,
+    [T, Hkv, D]. `tiles` overrides the choice by shape (benchmarks).
+    """
+    num_tokens, num_heads, head_size = q.shape
+    group = num_heads // k.shape[-2]
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    if num_tokens == 0 or num_seqs == 0:
+        return
+    size = tiles or prefill_tiles(q.dtype, head_size, group, max_q_len)
+    block_q = size.rows // group
+    num_tiles = num_tokens // block_q + num_seqs
+    paged = block_tables is not None
+    k_strides, v_strides = (x.stride()[:3] if paged else (0, *x.stride()[:2]) for x in (k, v))
+    bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
+    prefill_kernel[(num_tiles * k.shape[-2],)](
+        # Pointers that the kernel's flags leave unread still need some tensor.
+        out, q, k, v, block_tables if paged else cu_seqlens_q, cu_seqlens_q,
+        kv_lens if paged else cu_seqlens_q, q if bias is None else bias,
+        num_tiles, num_seqs, k.shape[-2], scale * LOG2_E,
+        *out.stride()[:2], *q.stride()[:2], *k_strides, *v_strides,
+        0 if block_tables is None else block_tables.stride(0), *bias_strides,
+        GROUP=group, D=head_size, BLOCK_M=size.rows, BLOCK_Q=block_q, BLOCK_N=size.keys,
+        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k.shape[1] if paged else 1,
+        PAGED=paged, CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0,
+        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
+    )  # fmt: skip

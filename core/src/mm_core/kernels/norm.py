@@ -1,0 +1,48 @@
+"""RMS norm (Zhang & Sennrich 2019), alone and fused with the residual addition before it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + eps)), with the rounding of Qwen2RMSNorm in transformers.
+
+    x: [T, H], last dim contiguous; weight: [H]. Normalised in float32, rounded to x's dtype, then multiplied.
+    Returns [T, H] of x's dtype.
+    """
+    run = rms_norm_triton if x.device.type == "cuda" else _rms_norm_cpu
+    return run(x, weight, eps)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by its Triton kernel, whatever the device."""
+    from mm_core.kernels._triton import norm as impl
+
+    return impl.rms_norm(x, weight, eps)
+
+
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then `rms_norm` of the sum as rounded to residual's dtype.
+
+    x, residual: [T, H] of one dtype, last dim contiguous; weight: [H]. Returns [T, H].
+    """
+    run = add_rms_norm_triton if x.device.type == "cuda" else _add_rms_norm_cpu
+    return run(x, residual, weight, eps)
+
+
+def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`add_rms_norm_` by its Triton kernel, whatever the device."""
+    from mm_core.kernels._triton import norm as impl
+
+    return impl.add_rms_norm_(x, residual, weight, eps)
+
+
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype).mul_(weight)
+
+
+def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _rms_norm_cpu(residual.add_(x), weight, eps)

@@ -1,0 +1,130 @@
+"""Plain torch twins of every op, with the same signatures: one row at a time, in float32.
+
+They are what the tests compare with; nothing else should call them.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention of one sequence: q [M, Hq, D], k and v [N, Hkv, D], visible [M, N] bool.
+
+    softmax(scale * q k^T + bias) v of Vaswani et al. 2017, eq. 1; bias is [Hb, M, N] with Hb in {1, Hq}.
+    Rows that see no key give zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys = k.float().repeat_interleave(group, dim=1)
+    values = v.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("mhd,nhd->hmn", q.float(), keys) * scale
+    if bias is not None:
+        scores = scores + bias.float()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    return torch.einsum("hmn,nhd->mhd", weights, values).to(q.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    *,
+    max_q_len: int,  # noqa: ARG001
+    max_kv_len: int,  # noqa: ARG001
+    scale: float,
+    causal: bool = True,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `mm_core.kernels.paged_attention`; gathers each sequence's keys token by token."""
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    block_size = k_cache.shape[1]
+    bounds = cu_seqlens_q.tolist()
+    for seq, kv_len in enumerate(kv_lens.tolist()):
+        start, end = bounds[seq], bounds[seq + 1]
+        tokens = torch.arange(kv_len, device=q.device)
+        blocks = block_tables[seq, tokens // block_size].long()
+        k, v = k_cache[blocks, tokens % block_size], v_cache[blocks, tokens % block_size]
+        rows = torch.arange(end - start, device=q.device)
+        if causal:
+            rows = rows + kv_len - (end - start)
+            visible = tokens[None, :] <= rows[:, None]
+        else:
+            visible = torch.ones(end - start, kv_len, dtype=torch.bool, device=q.device)
+        added = None if bias is None else bias[:, rows.clamp(min=0), :kv_len]
+        result[start:end] = attend(q[start:end], k, v, scale, visible, added)
+    return result
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,  # noqa: ARG001
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
+    """See `mm_core.kernels.varlen_attention`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    bounds = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        visible = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device)
+        visible = visible.tril() if causal else visible
+        out[start:end] = attend(q[start:end], k[start:end], v[start:end], scale, visible, None)
+    return out
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `mm_core.kernels.kv_write`."""
+    block_size = k_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k_cache[slot // block_size, slot % block_size] = k[token].to(k_cache.dtype)
+            v_cache[slot // block_size, slot % block_size] = v[token].to(v_cache.dtype)
+
+
+def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_freq: Tensor | None = None) -> None:
+    """See `mm_core.kernels.rope_`."""
+    half = cos_sin.shape[1] // 2
+    axes = positions[None] if positions.dim() == 1 else positions
+    axis = torch.zeros(half, dtype=torch.long) if axis_of_freq is None else axis_of_freq.long()
+    # [T, half]: the position that each frequency reads
+    at = axes.long()[axis.to(axes.device)].T
+    freq = torch.arange(half, device=at.device)
+    rope_pair_(q, k, cos_sin[at, freq], cos_sin[at, freq + half])
+
+
+def rope_pair_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """See `mm_core.kernels.rope_pair_`."""
+    half = cos.shape[1]
+    for x in (q, k):
+        first, second = x[..., :half].float().clone(), x[..., half : 2 * half].float().clone()
+        c, s = cos[:, None, :].float(), sin[:, None, :].float()
+        x[..., :half] = (first * c - second * s).to(x.dtype)
+        x[..., half : 2 * half] = (second * c + first * s).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `mm_core.kernels.rms_norm`."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
+
+
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `mm_core.kernels.add_rms_norm_`."""
+    residual.copy_(residual + x)
+    return rms_norm(residual, weight, eps)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """See `mm_core.kernels.silu_and_mul`."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return ((gate * torch.sigmoid(gate)).to(x.dtype) * up.to(x.dtype)).to(x.dtype)

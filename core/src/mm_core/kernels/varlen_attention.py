@@ -1,0 +1,76 @@
+"""Attention inside each of many packed segments, without a cache: encoder towers."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scale * q k^T) v inside each segment (Vaswani et al. 2017, eq. 1), in float32.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D], Hq a multiple of Hkv; any strides with the last dim contiguous.
+    cu_seqlens: [S + 1] int32 starting at 0; segment s is rows [cu[s], cu[s + 1]) of all three, e.g. one image
+        or one attention window of an image. Empty segments are allowed.
+    max_seqlen: host-side bound of the segments' lengths.
+    Returns [T, Hq, D]; rows outside cu_seqlens are undefined.
+    """
+    if q.device.type != "cuda":
+        return _varlen_attention_cpu(q, k, v, cu_seqlens, scale, causal)
+    return varlen_attention_triton(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, causal=causal)
+
+
+def varlen_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
+    """`varlen_attention` by its Triton kernel, whatever the device."""
+    from mm_core.kernels._triton.attention_prefill import prefill
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    prefill(q, k, v, cu_seqlens, out, max_q_len=max_seqlen, scale=scale, causal=causal)
+    return out
+
+
+def _varlen_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool) -> Tensor:
+    """One call for all neighbouring segments of one length, so that 300 windows cost one call."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for start, count, length in _runs(cu_seqlens.tolist()):
+        end = start + count * length
+        # [T', H, D] -> [count, H, length, D]
+        queries, keys, values = (x[start:end].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        part = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[start:end] = part.transpose(1, 2).flatten(0, 1)
+    return out
+
+
+def _runs(bounds: list[int]) -> list[tuple[int, int, int]]:
+    """(first row, number of segments, their length) for each run of equally long neighbours."""
+    runs: list[tuple[int, int, int]] = []
+    for start, end in itertools.pairwise(bounds):
+        length = end - start
+        if length == 0:
+            continue
+        if runs and runs[-1][2] == length:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
+        else:
+            runs.append((start, 1, length))
+    return runs

@@ -1,0 +1,31 @@
+"""The small vocabulary that decoders, towers and encoders are written in.
+
+Modules create their parameters empty on a given device and dtype (no initialisation: the
+checkpoint loader fills them) and take everything that describes the batch as an argument.
+"""
+
+from mm_core.layers.attention import PagedAttention
+from mm_core.layers.context import AttentionMetadata, ForwardContext
+from mm_core.layers.embedding import Embedding
+from mm_core.layers.linear import Linear, MergedLinear
+from mm_core.layers.mlp import GatedMLP
+from mm_core.layers.norm import LayerNorm, RMSNorm
+from mm_core.layers.parameter import empty_parameter
+from mm_core.layers.rotary import MROPE_SLACK, RopeConfig, RotaryEmbedding, rope_inv_freq
+
+__all__ = [
+    "MROPE_SLACK",
+    "AttentionMetadata",
+    "Embedding",
+    "ForwardContext",
+    "GatedMLP",
+    "LayerNorm",
+    "Linear",
+    "MergedLinear",
+    "PagedAttention",
+    "RMSNorm",
+    "RopeConfig",
+    "RotaryEmbedding",
+    "empty_parameter",
+    "rope_inv_freq",
+]

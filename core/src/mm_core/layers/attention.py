@@ -1,0 +1,52 @@
+"""Attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mm_core.kernels.kv_write import kv_write
+from mm_core.kernels.paged_attention import paged_attention
+from mm_core.layers.context import ForwardContext
+
+
+class PagedAttention(nn.Module):
+    """Writes this step's keys and values into one layer's cache, then attends to all of them.
+
+    layer: index into the caches of `table`, the block table's name ("self", "cross"). It has no
+    parameters; causal or not is the table's metadata.
+    """
+
+    def __init__(self, layer: int, *, scale: float, table: str = "self") -> None:
+        super().__init__()
+        self.layer = layer
+        self.table = table
+        self.scale = scale
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        context: ForwardContext,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """q [T, heads, D]; k and v [tokens written, kv_heads, D], or None where the cache already
+        holds them (cross-attention after its first step); bias is added to the scores. Returns
+        [T, heads, D]."""
+        table = context.tables[self.table]
+        k_cache, v_cache = context.caches[self.table][self.layer]
+        if k is not None and v is not None and table.slot_mapping is not None:
+            kv_write(k, v, k_cache, v_cache, table.slot_mapping)
+        return paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            table.block_tables,
+            table.cu_seqlens_q,
+            table.kv_lens,
+            max_q_len=table.max_q_len,
+            max_kv_len=table.max_kv_len,
+            scale=self.scale,
+            causal=table.causal,
+            bias=bias,
+        )

@@ -1,0 +1,36 @@
+"""What attention layers need to know of the batch: an argument, never a global."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """One kind of block table (self, cross) for a flattened batch of S sequences and T tokens.
+
+    block_tables: [S, max_blocks] int32. cu_seqlens_q: [S+1] int32, row bounds of each sequence.
+    kv_lens: [S] int32, KV tokens each sequence sees, this step's included. slot_mapping: [T]
+    int64, where each token's K and V go (block × block_size + offset; -1: nowhere), None where
+    nothing is written (cross-attention after its first step).
+    """
+
+    block_tables: Tensor
+    cu_seqlens_q: Tensor
+    kv_lens: Tensor
+    slot_mapping: Tensor | None
+    max_q_len: int
+    max_kv_len: int
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """tables: metadata by table name. caches: for each table the (K, V) caches by layer, each
+    [num_blocks, block_size, kv_heads, head_dim]."""
+
+    tables: Mapping[str, AttentionMetadata]
+    caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]

@@ -1,0 +1,56 @@
+"""Projections: y = x Wᵀ + b, with W as [out, in]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_core.layers.parameter import empty_parameter
+
+
+class Linear(nn.Module):
+    """One projection, [..., in_features] → [..., out_features]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = empty_parameter((out_features, in_features), device, dtype)
+        self.bias = empty_parameter((out_features,), device, dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] → [..., out_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several projections of one input as a single matrix: their rows follow each other.
+
+    Weight and bias carry `shard_sizes`, the rows of each projection, for the checkpoint loader.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        shard_sizes: Sequence[int],
+        *,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        rows = sum(shard_sizes)
+        self.shard_sizes = tuple(shard_sizes)
+        self.weight = empty_parameter((rows, in_features), device, dtype, shard_sizes=shard_sizes)
+        self.bias = empty_parameter((rows,), device, dtype, shard_sizes=shard_sizes) if bias else None

@@ -1,0 +1,78 @@
+"""The encoder's outputs on the device, and the packed pass that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm_core.errors import MMError, PluginError
+from mm_core.hookspecs import Encoder
+from mm_core.scheduler.sequence import EncodeItem
+
+
+class EncoderRows:
+    """Rows by media key. What may stay, and for how long, is the EncoderCache's business."""
+
+    def __init__(self, encoder: Encoder, family: str) -> None:
+        self.calls = 0
+        self.items = 0
+        self._encoder = encoder
+        self._family = family
+        self._rows: dict[bytes, Tensor] = {}
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        return self._rows[key]
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget rows that the cache evicted."""
+        for key in keys:
+            self._rows.pop(key, None)
+
+    def encode(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
+        """All items in one packed pass; where that fails, one by one, so that one bad item fails alone.
+
+        Returns the items that failed, with their errors.
+        """
+        if not items:
+            return {}
+        try:
+            self._encode(items)
+            return {}
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                return {items[0].key: self._explain(error)}
+        failed: dict[bytes, MMError] = {}
+        for item in items:
+            failed.update(self.encode([item]))
+        return failed
+
+    def _encode(self, items: Sequence[EncodeItem]) -> None:
+        outputs = self._encoder([item.feature for item in items])
+        self.calls += 1
+        self.items += len(items)
+        if len(outputs) != len(items):
+            raise PluginError(
+                f"Encoder of family {self._family!r} gave {len(outputs)} outputs for {len(items)} items."
+            )
+        for item, rows in zip(items, outputs, strict=True):
+            wanted = (item.feature.num_tokens, self._encoder.hidden_size)
+            if tuple(rows.shape) != wanted:
+                raise PluginError(
+                    f"Encoder of family {self._family!r} gave rows of shape {tuple(rows.shape)} for an item "
+                    f"that promised {wanted}. Processor and encoder of the plugin disagree."
+                )
+            self._rows[item.key] = rows
+
+    def _explain(self, error: Exception) -> MMError:
+        if isinstance(error, MMError):
+            return error
+        fault = PluginError(f"Encoder of family {self._family!r} failed with {type(error).__name__}.")
+        fault.__cause__ = error
+        return fault

@@ -1,0 +1,75 @@
+"""KV memory: how many blocks fit, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mm_core.config import KvCacheConfig
+from mm_core.errors import OutOfMemoryError
+from mm_core.hookspecs import KVCacheSpec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def kv_dtype(config: KvCacheConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """`auto` is the model's dtype."""
+    return _DTYPES.get(config.dtype, model_dtype)
+
+
+def block_bytes(specs: Sequence[KVCacheSpec], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes one block takes over all layers of all tables: K and V."""
+    values = sum(2 * s.layers * block_size * s.kv_heads * s.head_dim for s in specs)
+    return values * dtype.itemsize
+
+
+class KVCache:
+    """The tensors of every block: for each table, [layers, 2, num_blocks, block_size, heads, head_dim].
+
+    They start as zeros: torch attention over gathered blocks multiplies masked rows by 0, and
+    0 × garbage may be NaN.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[KVCacheSpec],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.bytes = num_blocks * block_bytes(specs, block_size, dtype)
+        self.caches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for spec in specs:
+            shape = (spec.layers, 2, num_blocks, block_size, spec.kv_heads, spec.head_dim)
+            store = torch.zeros(shape, dtype=dtype, device=device)
+            self.caches[spec.name] = [(layer[0], layer[1]) for layer in store]
+
+
+def count_blocks(
+    config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure_peak: Callable[[], int]
+) -> int:
+    """Blocks of the KV cache.
+
+    On a GPU: the share `free_gpu_memory_fraction` of what is free after the weights and the
+    measured peak of one full step. On a CPU: `cpu_cache_size`. `num_blocks` overrides both.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if device.type != "cuda":
+        return max(config.cpu_cache_size // bytes_per_block, 2)
+    peak = measure_peak()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    count = int((free - peak) * config.free_gpu_memory_fraction) // bytes_per_block
+    if count < 2:
+        raise OutOfMemoryError(
+            f"{free / 2**30:.1f} GiB are free beside the weights and a full step needs {peak / 2**30:.1f} GiB: "
+            "no room for the KV cache. Lower max_num_batched_tokens, encoder_budget or max_num_seqs, or raise "
+            f"KvCacheConfig(free_gpu_memory_fraction={config.free_gpu_memory_fraction})."
+        )
+    return count

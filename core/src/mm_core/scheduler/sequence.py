@@ -1,0 +1,169 @@
+"""Sequence: the mutable scheduling state of one answer to one request."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mm_core.cache.prefix import BlockContent
+from mm_core.config import SamplingParams
+from mm_core.errors import MMError
+from mm_core.hashing import ROOT, Hasher, block_key, encode_fields
+from mm_core.types import FinishReason, Logprob, MediaFeature, PlaceholderRange, PreparedRequest
+
+
+class Status(enum.Enum):
+    """Where a sequence is. A preempted one waits again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One answer in the making.
+
+    token_ids: prompt and output so far. [0, num_computed_tokens) have their KV (or will, when the
+    step in flight completes). tables: block tables by name, append-only while it runs.
+    """
+
+    def __init__(self, seq_id: int, request: PreparedRequest, index: int = 0, seed: int = 0) -> None:
+        self.seq_id = seq_id  # also its number in order of arrival
+        self.seed = seed
+        self.request = request
+        self.index = index
+        self.params: SamplingParams = request.params
+        self.masked_stop_ids = request.stop_token_ids.union(self.params.stop_token_ids)  # until min_tokens
+        self.prompt_len = len(request.token_ids)
+        self.token_ids = list(request.token_ids)
+        self.status = Status.WAITING
+        self.num_computed_tokens = 0
+        self.num_published_blocks = 0
+        self.num_cached_tokens: int | None = None  # of the prompt, at first admission
+        self.num_preemptions = 0
+        self.encoded_rows = 0
+        self.waiting_since = 0
+        self.held_media: set[bytes] = set()
+        self.tables: dict[str, list[int]] = {"self": []}
+        self.contents: list[BlockContent] = []  # of the full blocks, as far as they were needed
+        self.seen_version = -1  # prefix cache version of the last lookup
+        self.seen_hits = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens known."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Output tokens so far."""
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def ranges(self) -> tuple[PlaceholderRange, ...]:
+        """Where media lie in the prompt."""
+        return self.request.ranges
+
+    def fill_contents(self, count: int, block_size: int, hasher: Hasher) -> list[BlockContent]:
+        """Keys and tokens of the first `count` full blocks, computed once each."""
+        context = encode_fields((self.request.cache_salt, self.request.kv_context))
+        while len(self.contents) < count:
+            start = len(self.contents) * block_size
+            ids = tuple(self.token_ids[start : start + block_size])
+            parent = self.contents[-1].key if self.contents else ROOT
+            media = self._media_in(start, start + block_size)
+            self.contents.append(BlockContent(block_key(hasher, parent, ids, media, context), ids))
+        return self.contents[:count]
+
+    def _media_in(self, start: int, end: int) -> list[tuple[bytes, int]]:
+        return [
+            (r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start
+        ]
+
+
+@dataclass(frozen=True)
+class EncodeItem:
+    """One item to encode in a step."""
+
+    key: bytes
+    feature: MediaFeature
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """Tokens [start, start + length) of a sequence run in a step; `samples` if the last of them is
+    the last known, so that its logits choose the next token."""
+
+    seq: Sequence
+    start: int
+    length: int
+    samples: bool
+    tables: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step's work, in flattened order."""
+
+    step: int
+    sequences: tuple[ScheduledSequence, ...]
+    encode: tuple[EncodeItem, ...] = ()
+    evicted_media: tuple[bytes, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the flattened batch."""
+        return sum(s.length for s in self.sequences)
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since start, in tokens and events."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    partial_prefills: int = 0
+    preemptions: int = 0
+    encoded_items: int = 0
+    encoded_rows: int = 0
+    deferred: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One sequence's next token. finite: False where the model gave no usable logits."""
+
+    token_id: int
+    logprobs: Mapping[int, Logprob] | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step brought: tokens by seq_id, and the sequences and media that failed alone."""
+
+    sampled: Mapping[int, SampledToken]
+    failed: Mapping[int, MMError] = field(default_factory=dict)
+    failed_media: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token, or the end, of one sequence: what the engine core reports after a step."""
+
+    seq: Sequence
+    token_id: int | None
+    logprobs: Mapping[int, Logprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: MMError | None = None

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from kernels.cases import BACKENDS, CUDA, HALF_TYPES, PagedCase, assert_close, build, device_of, dtypes_of
+
+from mm_core.kernels import paged_attention, reference
+from mm_core.kernels.paged_attention import paged_attention_triton
+
+PREFILL = [
+    PagedCase([5, 0, 33, 1], [5, 0, 70, 20]),
+    PagedCase([40, 3], [70, 100], 4, 1, 80, 64, causal=False),
+    PagedCase([9, 37], [4, 37], 5, 1, 64, 16, bias="head"),  # queries before the first key
+    PagedCase([34, 2], [50, 3], 2, 2, 128, 32, causal=False, bias="shared"),
+    PagedCase([20, 1], [36, 9], 6, 2, 96, 48, bias="flat", scale=-0.3),
+]
+DECODE = [
+    PagedCase([1, 1, 0, 1], [1, 33, 0, 64]),
+    PagedCase([1, 1], [600, 90], 5, 1, 80, 16),  # several splits, some of them empty
+    PagedCase([1, 1], [300, 20], 4, 2, 64, 64, bias="head"),
+    PagedCase([1, 1, 1], [40, 7, 0], 2, 2, 96, 32, causal=False, bias="shared"),
+]
+
+
+def wide_cases() -> list[PagedCase]:
+    """Every head size and block size, with groups, masks and biases taking turns."""
+    cases = []
+    groups = [(4, 4), (8, 4), (12, 4), (8, 2), (10, 2), (6, 1), (14, 2), (8, 1)]
+    biases = ["none", "head", "none", "shared", "flat"]
+    turn = 0
+    for head_size in (64, 80, 96, 128):
+        for block_size in (16, 64):
+            for q_lens, kv_lens in (
+                ([1] * 9, [1, 2, 63, 64, 65, 400, 1000, 4097, 7]),
+                ([1, 300, 0, 64, 1, 129], [900, 300, 0, 700, 65, 1000]),
+            ):
+                heads, kv_heads = groups[turn % len(groups)]
+                bias = biases[turn % len(biases)]
+                cases.append(PagedCase(q_lens, kv_lens, heads, kv_heads, head_size, block_size, turn % 3 != 1, bias))
+                turn += 1
+    return cases
+
+
+LONG = [
+    PagedCase([1], [32768], 32, 8, 128, 16),
+    PagedCase([1] * 5, [32768, 1, 16385, 300, 32767], 28, 4, 128, 64),
+    PagedCase([1], [32768], 71, 1, 64, 64),
+    PagedCase([512, 1], [32768, 32768], 8, 2, 128, 16),
+    PagedCase([8192], [8192], 4, 1, 128, 64),
+    PagedCase([77, 4000], [9000, 4000], 16, 16, 64, 64, causal=False),
+]
+CASES = [*PREFILL, *DECODE, *(wide_cases() if CUDA else [])]
+
+
+def check(case: PagedCase, backend: str, dtype: torch.dtype, seed: int = 0) -> None:
+    inputs = build(case, dtype, device_of(backend), seed)
+    out = torch.full(inputs.args[0].shape, float("nan"), dtype=dtype, device=inputs.args[0].device)
+    run = paged_attention_triton if backend == "triton" else paged_attention
+    returned = run(*inputs.args, **inputs.kwargs, out=out)
+    expected = reference.paged_attention(*inputs.wide(), **inputs.kwargs)
+    assert returned is out
+    assert_close(out[: inputs.num_tokens], expected[: inputs.num_tokens])
+    assert out[inputs.num_tokens :].isnan().all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_reference(case, backend):
+    for dtype in dtypes_of(backend):
+        check(case, backend, dtype)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_triton(case, dtype):
+    check(case, "triton", dtype, seed=3)
+
+
+def random_case(seed: int) -> PagedCase:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    q_lens = [pick(0, 1, 1, 2, 17, 60) for _ in range(pick(1, 3, 6))] + [1]
+    causal = pick(True, True, False)
+    kv_lens = [length + pick(0, 0, 5, 100) if causal else pick(1, 30, 200) for length in q_lens]
+    kv_heads = pick(1, 2, 3)
+    return PagedCase(
+        q_lens, kv_lens, kv_heads * pick(1, 2, 5), kv_heads, pick(32, 64, 80), pick(16, 64), causal,
+        pick("none", "none", "head", "flat"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_shapes_cpu(seed):
+    check(random_case(seed), "cpu", torch.float32, seed)
+
+
+@pytest.mark.parametrize("lens", [[350] * 8, [16] * 4, [3, 900, 4, 1000, 500], [77]])
+def test_decode_batches_cpu(lens):
+    check(PagedCase([1] * len(lens), lens, 10, 2, 64, 16), "cpu", torch.float32)
+    check(PagedCase([1] * len(lens), lens, 10, 2, 64, 16), "cpu", torch.bfloat16)
+
+
+def test_long_chunks_cpu():
+    check(PagedCase([700], [1500], 2, 1, 32, 64), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("q_lens", [[1, 1], [4, 3]])
+def test_a_new_output_is_contiguous(q_lens, backend):
+    inputs = build(PagedCase(q_lens, [20, 5]), torch.float32, device_of(backend))
+    args = (inputs.args[0][: inputs.num_tokens], *inputs.args[1:])
+    run = paged_attention_triton if backend == "triton" else paged_attention
+    out = run(*args, **inputs.kwargs)
+    assert out.is_contiguous()
+    assert_close(out, reference.paged_attention(*args, **inputs.kwargs))

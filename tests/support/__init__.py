@@ -1,0 +1,1 @@
+"""Helpers that several test folders share; on pytest's path as `support`."""

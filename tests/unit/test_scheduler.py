@@ -1,0 +1,293 @@
+"""The scheduler on a fake model: same tokens whatever is shared, chunked, evicted or preempted."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from support.fake_model import World, expected_tokens, feature, make_request
+
+from mm_core.config import SamplingParams
+from mm_core.scheduler import Candidate, SampledToken, StepResult, longest_prefix_first
+from mm_core.errors import EngineError
+from mm_core.types import FinishReason
+
+
+def check_all(world: World) -> None:
+    for seq in world.sequences:
+        if seq.seq_id not in world.errors:
+            wanted = expected_tokens(seq.request, seq.params.max_tokens or 0)
+            assert seq.output_token_ids == wanted, seq.seq_id
+
+
+def greedy(n: int) -> SamplingParams:
+    return SamplingParams(max_tokens=n, temperature=0)
+
+
+def test_second_request_reuses_the_prefix() -> None:
+    world = World()
+    prompt = list(range(10, 31))
+    world.add(make_request("a", prompt))
+    world.run()
+    computed = world.runner.computed_tokens
+    (second,) = world.add(make_request("b", prompt))
+    world.run()
+    assert second.num_cached_tokens == 20
+    assert world.runner.computed_tokens - computed == 1 + 3  # the last prompt token, three decodes
+    check_all(world)
+
+
+def test_full_hit_still_computes_the_last_block() -> None:
+    world = World()
+    prompt = list(range(10, 26))  # exactly four blocks
+    world.add(make_request("a", prompt))
+    world.run()
+    (second,) = world.add(make_request("b", prompt))
+    world.run()
+    assert second.num_cached_tokens == 12
+    check_all(world)
+
+
+def test_reuse_can_be_off() -> None:
+    world = World(reuse=False)
+    for name in "ab":
+        (seq,) = world.add(make_request(name, range(10, 31)))
+        world.run()
+        assert seq.num_cached_tokens == 0
+    assert world.scheduler.pool.counts()["cached"] == 0
+    check_all(world)
+
+
+def test_identical_prompts_in_flight_are_computed_once() -> None:
+    world = World(max_tokens=64)
+    prompt = [10, 11, feature("cat", 8), *range(12, 20)]
+    for name in "abcd":
+        world.add(make_request(name, prompt))
+    world.run()
+    assert world.scheduler.stats.deferred > 0
+    assert world.runner.encoded == [b"cat"]
+    assert world.scheduler.stats.cached_tokens == 3 * 16
+    check_all(world)
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_a_waiter_takes_over(how: str) -> None:
+    world = World(max_tokens=40)
+    prompt = list(range(10, 40))
+    (first,) = world.add(make_request("a", prompt))
+    (second,) = world.add(make_request("b", prompt))
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    assert world.scheduler.stats.deferred == 1
+    if how == "abort":
+        world.scheduler.finish(first, FinishReason.ABORT)
+        world.sequences.remove(first)
+    else:
+        world.scheduler._preempt(first)
+    world.scheduler.update(batch, StepResult({}))
+    world.scheduler.check_integrity()
+    world.run()
+    # The prompt is computed once by whoever came first, its tail and three decodes by each.
+    assert world.runner.computed_tokens == (30 + 3 if how == "abort" else 30 + 3 + 2 + 3)
+    check_all(world)
+
+
+def test_same_tokens_other_media_share_nothing() -> None:
+    world = World()
+    (first,) = world.add(make_request("a", [10, feature("cat", 12), 11, 12]))
+    world.run()
+    (second,) = world.add(make_request("b", [10, feature("dog", 12), 11, 12]))
+    world.run()
+    assert first.request.token_ids == second.request.token_ids
+    assert second.num_cached_tokens == 0
+    check_all(world)
+
+
+def test_salt_and_context_separate() -> None:
+    world = World()
+    prompt = list(range(10, 31))
+    world.add(make_request("a", prompt, cache_salt="one"))
+    world.run()
+    for extra in ({"cache_salt": "two"}, {}, {"cache_salt": "one", "kv_context": b"question"}):
+        (seq,) = world.add(make_request("b", prompt, **extra))
+        world.run()
+        assert seq.num_cached_tokens == 0
+    (seq,) = world.add(make_request("c", prompt, cache_salt="one"))
+    world.run()
+    assert seq.num_cached_tokens == 20
+
+
+def test_long_prompts_run_in_chunks_beside_decodes() -> None:
+    world = World(max_tokens=8, num_blocks=64)
+    world.add(make_request("short", [10, 11, 12], greedy(20)))
+    world.step()
+    world.add(make_request("long", range(8, 48), greedy(3)))
+    before = world.sequences[0].num_output_tokens
+    for _ in range(5):
+        world.step()
+    assert world.sequences[0].num_output_tokens == before + 5  # a decode in every step
+    assert world.scheduler.stats.partial_prefills >= 4
+    world.run()
+    check_all(world)
+
+
+def test_preemption_keeps_tokens() -> None:
+    world = World(num_blocks=12, max_tokens=32)
+    for i in range(4):
+        world.add(make_request(str(i), range(10 + i, 18 + i), greedy(24)))
+    world.run()
+    assert world.scheduler.stats.preemptions > 0
+    check_all(world)
+
+
+def test_encoder_budget_cuts_a_chunk_before_the_item() -> None:
+    world = World(encoder_budget=40, max_tokens=64)
+    (seq,) = world.add(make_request("a", [10, feature("x", 8), 11, feature("y", 8), 12]))
+    world.step()
+    assert seq.num_computed_tokens == 10
+    assert world.runner.encoded == [b"x"]
+    world.run()
+    check_all(world)
+
+
+def test_an_item_over_the_encoder_budget_runs_alone() -> None:
+    world = World(encoder_budget=4)
+    world.add(make_request("a", [10, feature("x", 8), feature("y", 8)]))
+    world.run()
+    check_all(world)
+
+
+def test_encoder_rows_outlive_the_request_and_are_evicted_for_room() -> None:
+    world = World(encoder_rows=20, reuse=False)
+    for name in ("x", "x", "y", "z", "x"):
+        world.add(make_request(name, [10, feature(name, 8), 11]))
+        world.run()
+    assert world.runner.encoded == [b"x", b"y", b"z", b"x"]
+    check_all(world)
+
+
+def test_one_item_twice_in_a_prompt_is_encoded_once() -> None:
+    world = World(encoder_rows=8)
+    x = feature("x", 8)
+    world.add(make_request("a", [10, x, 11, x, 12]))
+    world.run()
+    assert world.runner.encoded == [b"x"]
+    check_all(world)
+
+
+def test_nan_ends_one_request_only() -> None:
+    world = World()
+    (bad,) = world.add(make_request("bad", range(10, 20)))
+    world.add(make_request("good", range(20, 29)))
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    result = world.runner.execute(batch)
+    sampled = dict(result.sampled)
+    sampled[bad.seq_id] = SampledToken(0, finite=False)
+    events = world.scheduler.update(batch, StepResult(sampled))
+    failed = [e for e in events if e.error is not None]
+    assert [e.seq for e in failed] == [bad]
+    assert isinstance(failed[0].error, EngineError)
+    world.sequences.remove(bad)
+    world.run()
+    check_all(world)
+
+
+def test_abort_while_a_step_is_in_flight_keeps_blocks_pending() -> None:
+    world = World()
+    (seq,) = world.add(make_request("a", range(10, 20)))
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    world.scheduler.finish(seq, FinishReason.ABORT)
+    assert world.scheduler.pool.counts()["pending"] == 3
+    world.scheduler.check_integrity()
+    world.scheduler.update(batch, StepResult({}))
+    assert world.scheduler.pool.counts() == {"free": 32, "cached": 0, "in_use": 0, "pending": 0}
+
+
+def test_stop_ids_and_limits() -> None:
+    prompt = list(range(10, 20))
+    wanted = expected_tokens(make_request("x", prompt), 6)
+    world = World()
+    (eos,) = world.add(make_request("a", prompt, greedy(6), stop_token_ids=frozenset({wanted[2]})))
+    ignore = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    (free,) = world.add(make_request("b", prompt, ignore, stop_token_ids=frozenset({wanted[2]})))
+    stop = SamplingParams(max_tokens=6, temperature=0, stop_token_ids=(wanted[1],), ignore_eos=True)
+    (own,) = world.add(make_request("c", prompt, stop))
+    world.run()
+    assert eos.output_token_ids == wanted[:3]
+    assert free.output_token_ids == wanted
+    assert own.output_token_ids == wanted[:2]
+
+
+def test_policy_prefers_cached_prefixes_and_ages() -> None:
+    fresh = Candidate(arrival=0, cached_tokens=0, waited_steps=0)
+    hit = Candidate(arrival=1, cached_tokens=64, waited_steps=0)
+    old = Candidate(arrival=2, cached_tokens=0, waited_steps=5)
+    assert longest_prefix_first([fresh, hit, old]) == [2, 1, 0]
+    assert longest_prefix_first([fresh, hit]) == [1, 0]
+    assert longest_prefix_first([fresh, Candidate(1, 0, 0)]) == [0, 1]
+
+
+MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9)]
+PARTS = st.lists(
+    st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+        st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.just("clear")),
+    ),
+    min_size=3,
+    max_size=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    actions=ACTIONS,
+    num_blocks=st.integers(24, 40),
+    max_tokens=st.integers(3, 40),
+    encoder_rows=st.integers(9, 30),
+    encoder_budget=st.integers(1, 80),
+    reuse=st.booleans(),
+)
+def test_random_life(
+    actions: list[tuple], num_blocks: int, max_tokens: int, encoder_rows: int, encoder_budget: int, reuse: bool
+) -> None:
+    """Adds, aborts, steps and evictions in any order: books balance, tokens are those of a lone run."""
+    world = World(
+        num_blocks=num_blocks,
+        max_tokens=max_tokens,
+        encoder_rows=encoder_rows,
+        encoder_budget=encoder_budget,
+        reuse=reuse,
+        max_num_seqs=5,
+    )
+    aborted = set()
+    for name, *values in actions:
+        if name == "add":
+            parts, length, n = values
+            request = make_request(str(len(world.sequences)), parts, SamplingParams(max_tokens=length, temperature=0, n=n))
+            if len(request.token_ids) + length <= num_blocks * 4:
+                world.add(request)
+        elif name == "step":
+            for _ in range(values[0]):
+                world.step()
+        elif name == "clear":
+            world.scheduler.prefix.clear()
+            world.scheduler.check_integrity()
+        elif world.sequences:
+            seq = world.sequences[values[0] % len(world.sequences)]
+            world.scheduler.finish(seq, FinishReason.ABORT)
+            world.scheduler.check_integrity()
+            aborted.add(seq.seq_id)
+    world.run()
+    for seq in world.sequences:
+        if seq.seq_id not in aborted:
+            assert seq.output_token_ids == expected_tokens(seq.request, seq.params.max_tokens or 0)
+    counts = world.scheduler.pool.counts()
+    assert counts["in_use"] == counts["pending"] == 0
+    assert counts["free"] + counts["cached"] == num_blocks

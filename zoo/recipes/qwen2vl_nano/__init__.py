@@ -1,0 +1,1 @@
+"""The recipe behind zoo/qwen2vl-nano: pictures, questions, training, evaluation."""

@@ -1,0 +1,237 @@
+"""Train by wall clock: `python -m qwen2vl_nano.train --out DIR --seconds 540` (see README.md)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from . import config
+from .data import Feed, Key, Shard
+from .model import Nano, Turns
+from .tokenizer import SYSTEM, save, train as train_tokenizer
+
+
+@dataclass
+class Held:
+    """A shard on the device, with the number of times it was used."""
+
+    pixels: list[Tensor]
+    packs: Tensor
+    uses: int = 0
+
+
+@dataclass
+class Pool:
+    """Shards on the device by key; the least used are drawn, the most used make room."""
+
+    device: str
+    budget: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    shards: dict[Key, list[Held]] = field(default_factory=lambda: defaultdict(list))
+    bytes: int = 0
+    seen: int = 0
+    drawn: int = 0
+
+    def add(self, shard: Shard) -> None:
+        held = Held([torch.from_numpy(p).to(self.device) for p in shard.pixels], torch.from_numpy(shard.packs).to(self.device))
+        with self.lock:
+            self.shards[shard.key].append(held)
+            self.bytes += sum(p.nbytes for p in held.pixels)
+            self.seen += len(held.pixels[0]) * len(held.pixels)
+            while self.bytes > self.budget:
+                key = max(self.shards, key=lambda k: len(self.shards[k]))
+                worst = max(self.shards[key], key=lambda h: h.uses)
+                self.shards[key].remove(worst)
+                self.bytes -= sum(p.nbytes for p in worst.pixels)
+
+    def draw(self, rng: np.random.Generator, pictures: int, count: int) -> tuple[list[Tensor], Tensor]:
+        """Up to `count` shards of one key: pixels per picture [B, H, W, 3] and packs [B, 4, T]."""
+        while True:
+            with self.lock:
+                keys = [key for key, held in self.shards.items() if len(key) == pictures and held]
+                if keys:
+                    odds = np.array([sum(1 / (1 + h.uses) ** 2 for h in self.shards[key]) for key in keys])
+                    key = keys[int(rng.choice(len(keys), p=odds / odds.sum()))]
+                    chosen = sorted(self.shards[key], key=lambda h: (h.uses, rng.random()))[:count]
+                    break
+            time.sleep(0.05)
+        packs = torch.cat([held.packs[held.uses % held.packs.shape[0]] for held in chosen])
+        pixels = [torch.cat([held.pixels[i] for held in chosen]) for i in range(pictures)]
+        for held in chosen:
+            held.uses += 1
+            self.drawn += len(held.pixels[0]) * pictures
+        return pixels, packs
+
+
+class FlatAdamW:
+    """AdamW over one flat float32 master copy; the model itself computes in bfloat16 (float32 on a CPU)."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, decay: float) -> None:
+        parameters = list(model.parameters())
+        self.master = torch.cat([p.detach().float().flatten() for p in parameters])
+        self.decay = torch.cat([torch.full((p.numel(),), decay * (p.ndim > 1), device=p.device) for p in parameters])
+        self.work = self.master.to(dtype)
+        self.grad = torch.zeros_like(self.work)
+        self.mean, self.square = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.steps, offset = 0, 0
+        for p in parameters:
+            p.data = self.work[offset : offset + p.numel()].view(p.shape)
+            p.grad = self.grad[offset : offset + p.numel()].view(p.shape)
+            offset += p.numel()
+
+    def step(self, rate: float, clip: float = 1.0) -> Tensor:
+        self.steps += 1
+        grad = self.grad.float()
+        norm = grad.norm()
+        grad *= (clip / (norm + 1e-6)).clamp(max=1.0)
+        self.mean.lerp_(grad, 0.1)
+        self.square.lerp_(grad * grad, 0.02)
+        first, second = 1 - 0.9**self.steps, 1 - 0.98**self.steps
+        update = self.mean / first / ((self.square / second).sqrt() + 1e-8)
+        self.master -= rate * (update + self.decay * self.master)
+        self.work.copy_(self.master)
+        self.grad.zero_()
+        return norm
+
+
+def augment(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised pixels [B, 3, H, W], with a little more exposure and sensor noise, new at every use."""
+    batch, device = pixels.shape[0], pixels.device
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.MEAN, config.STD))
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    chance = torch.rand(4, batch, 1, 1, 1, device=device)
+    x = x * (1 + (chance[0] < 0.5) * (chance[1] * 0.14 - 0.09))
+    x = x + torch.randn_like(x) * ((chance[2] < 0.5) * chance[3] * 0.03)
+    return ((x.clamp(0, 1) - mean) / std).to(dtype)
+
+
+def loss_of(model: Nano, prompt: list[Tensor], pixels: list[Tensor], packs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of the answers, and the share of answer tokens predicted right."""
+    packs = packs.long()
+    pad = -(sum(len(p) for p in prompt) + sum(p.shape[1] * p.shape[2] // 784 for p in pixels)) % 8
+    packs = F.pad(packs, (0, pad))
+    turns = Turns(packs[:, 0], packs[:, 1], packs[:, 2], packs[:, 3])
+    dtype = model.embed_tokens.weight.dtype
+    logits = model([augment(p, dtype) for p in pixels], prompt, turns)[:, :-1]
+    target = torch.where(turns.scored[:, 1:] > 0, turns.tokens[:, 1:], -100)
+    row, column = (target >= 0).nonzero(as_tuple=True)
+    chosen, wanted = logits[row, column].float(), target[row, column]
+    return F.cross_entropy(chosen, wanted), (chosen.argmax(-1) == wanted).float().mean()
+
+
+def prompts(tokenizer: Tokenizer, device: str) -> dict[tuple[int, bool], list[Tensor]]:
+    """Token ids around one or two pictures, without and with a system turn."""
+    table = {}
+    for pictures in (1, 2):
+        for system in (False, True):
+            start = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" if system else ""
+            texts = [start + "<|im_start|>user\n<|vision_start|>", *["<|vision_end|><|vision_start|>"] * (pictures - 1), "<|vision_end|>"]
+            table[pictures, system] = [torch.tensor(tokenizer.encode(t).ids, device=device) for t in texts]
+    return table
+
+
+def rate_at(share: float, peak: float, warm: float = 0.02) -> float:
+    """Warm up, then a cosine down to zero at the deadline; `share` is the share of the time that is over."""
+    if share < warm:
+        return peak * max(share, 0.02 * warm) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warm) / (1 - warm))))
+
+
+def run(model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float) -> FlatAdamW:
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    optimiser = FlatAdamW(model, dtype, options.decay)
+    pool = Pool(options.device, options.pool_gb << 30)
+
+    def take() -> None:
+        while True:
+            slot, shard = feed.get()
+            pool.add(shard)
+            feed.done(slot)
+
+    threading.Thread(target=take, daemon=True).start()
+    rng, table, shown = np.random.default_rng(options.seed), prompts(tokenizer, options.device), 0.0
+    totals, marks = torch.zeros(4, device=options.device), 0
+    while (share := (time.time() - begun) / options.seconds) < 1 and optimiser.steps < options.max_steps:
+        for index, (pictures, count, weight) in enumerate(((1, options.shards, 0.64), (2, max(1, options.shards // 2), 0.36))):
+            pixels, packs = pool.draw(rng, pictures, count)
+            loss, right = loss_of(model, table[pictures, rng.random() < 0.07], pixels, packs)
+            (loss * weight).backward()
+            totals[2 * index : 2 * index + 2] += torch.stack((loss.detach(), right))
+        optimiser.step(rate_at(share, options.rate))
+        marks += 1
+        if optimiser.steps in (1, 5, 20) or time.time() - shown > options.report:
+            shown, values = time.time(), (totals / marks).tolist()
+            print(f"{shown - begun:6.1f}s step {optimiser.steps} loss {values[0]:.4f} {values[2]:.4f} "
+                  f"right {values[1]:.4f} {values[3]:.4f} pictures {pool.seen} drawn {pool.drawn} "
+                  f"pool {pool.bytes / 2**30:.1f} GB", flush=True)  # fmt: skip
+            totals.zero_()
+            marks = 0
+    return optimiser
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seconds", type=float, default=540, help="wall clock from start to the end of training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--shards", type=int, default=4, help="shards of 64 pictures in a batch")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pool-gb", type=int, default=44)
+    parser.add_argument("--max-steps", type=int, default=10**9)
+    parser.add_argument("--report", type=float, default=15)
+    parser.add_argument("--resume", type=Path, help="float32 state of an earlier round")
+    parser.add_argument("--state", type=Path, help="write the float32 state here")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    begun = time.time()
+    if not (options.out / "tokenizer.json").exists():
+        save(train_tokenizer(), options.out)
+    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
+    feed = Feed(options.out / "tokenizer.json", options.workers, options.seed)
+    torch.manual_seed(options.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model = Nano(tokenizer.get_vocab_size())
+    if options.resume:
+        model.load_state_dict({k: v for part in sorted(options.resume.glob("*.safetensors")) for k, v in load_file(part).items()})
+    model.to(options.device)
+    if options.compile:
+        for block in (*model.visual.blocks, *model.layers):
+            block.compile(dynamic=True)
+    optimiser = run(model, tokenizer, feed, options, begun)
+    feed.close()
+    finish(model, optimiser, tokenizer, options)
+
+
+def finish(model: Nano, optimiser: FlatAdamW, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    offset = 0
+    for parameter in model.parameters():
+        parameter.data = optimiser.master[offset : offset + parameter.numel()].view(parameter.shape).clone()
+        offset += parameter.numel()
+    config.write_configs(tokenizer, options.out)
+    save_file(model.checkpoint(), options.out / "model.safetensors", metadata={"format": "pt"})
+    if options.state:
+        options.state.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+        names = sorted(state)
+        for part in range(2):
+            save_file({name: state[name] for name in names[part::2]}, options.state / f"state{part}.safetensors")
+    print(f"saved after {optimiser.steps} steps to {options.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
