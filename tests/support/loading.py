@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 
 import torch
-from mm_core.hookspecs import WeightMap
 from torch import Tensor, nn
+
+from mm_core.hookspecs import WeightMap
 
 
 def renamed(name: str, weight_map: WeightMap) -> tuple[str, int | None] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,8 @@ def make_tiny_qwen2vl(
     """
     import transformers
 
-    path = Path(tmp_path) / f"qwen{version}vl-{layout}-{'tied' if tied else 'untied'}-{seed}-{shards}"
+    variant = f"{zlib.crc32(repr(sorted(overrides.items())).encode()):08x}" if overrides else "plain"
+    path = Path(tmp_path) / f"qwen{version}vl-{layout}-{'tied' if tied else 'untied'}-{seed}-{shards}-{variant}"
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tiny_tokenizer()
     pixels = {k: overrides.pop(k, v) for k, v in (("min_pixels", 56 * 56), ("max_pixels", 64 * 28 * 28))}

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 import transformers
+from support.loading import load_renamed, renamed
+from support.tiny import randomize_
+
 from mm_core.decoders.default import mm_decoder
 from mm_core.decoders.llama import PREFIXES, LlamaConfig, LlamaDecoder, llama_weight_map
 from mm_core.errors import ConfigError, NotBuiltError
 from mm_core.hookspecs import BuildContext
 from mm_core.layers import AttentionMetadata, ForwardContext, RopeConfig, rope_inv_freq
-from support.loading import load_renamed, renamed
-from support.tiny import randomize_
 
 TOLERANCE = 5e-4  # of logits, in float32
 BLOCK = 16

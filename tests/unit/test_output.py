@@ -131,6 +131,24 @@ class Counting:
 BAD_BYTE = encode("é")[1]
 
 
+@pytest.mark.parametrize("bad", range(24))
+def test_a_character_after_wrong_bytes_stays_whole(bad: int) -> None:
+    ids = [*encode("a"), *[BAD_BYTE] * bad, *encode("👩 b")]
+    assert "".join(stream(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids) == "a" + "�" * bad + "👩 b"
+
+
+class Stripping:
+    """Drops all white space at the start."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        return str(BYTE_LEVEL.decode(ids, skip_special_tokens=skip_special_tokens)).lstrip()
+
+
+def test_white_space_inside_survives_a_tokenizer_that_strips() -> None:
+    text = "\n\na" + "\n" * 20 + " b" + " " * 9 + "c"
+    assert "".join(stream(Stripping(), encode(text))) == text.lstrip()
+
+
 @pytest.mark.parametrize("ids", [encode(TEXT) * 60, [EOS] * 5000, [BAD_BYTE] * 5000, [EOS + 5] * 5000])
 def test_cost_is_linear(ids: list[int]) -> None:
     ids = ids[:5000]

@@ -197,9 +197,7 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     prompt, output = (1, 2, 2, 50), (3, 2, 99)
     logits = random_logits(8)
     seen = row(prompt=prompt, output=output, repetition_penalty=penalty)
-    wanted = process.RepetitionPenaltyLogitsProcessor(penalty)(
-        torch.tensor([prompt + output] * 8), logits.clone()
-    )
+    wanted = process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output] * 8), logits.clone())
     assert torch.equal(kept(logits, seen), wanted)
 
 
@@ -230,9 +228,7 @@ def test_min_tokens_masks_stop_tokens() -> None:
 
 
 def test_token_ids_outside_the_vocabulary_have_no_effect() -> None:
-    seen = row(
-        prompt=(-1, VOCAB, 10**6), output=(VOCAB, 1), repetition_penalty=2.0, logit_bias={VOCAB: 5.0, 2: 1.0}
-    )
+    seen = row(prompt=(-1, VOCAB, 10**6), output=(VOCAB, 1), repetition_penalty=2.0, logit_bias={VOCAB: 5.0, 2: 1.0})
     logits = torch.ones(2, VOCAB)
     scores = kept(logits, seen)
     assert (scores != 1).nonzero().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]

@@ -149,10 +149,19 @@ def rate_at(share: float, peak: float, warm: float = 0.02) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warm) / (1 - warm))))
 
 
+def reserve(gigabytes: int) -> None:
+    """Give the caching allocator its memory in one piece: every batch has new shapes, and cudaMalloc is slow."""
+    free = torch.cuda.mem_get_info()[0]
+    block = torch.empty(min(gigabytes << 30, free - (2 << 30)), dtype=torch.uint8, device="cuda")
+    del block
+
+
 def run(model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float) -> FlatAdamW:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     optimiser = FlatAdamW(model, dtype, options.decay)
     pool = Pool(options.device, options.pool_gb << 30)
+    if options.device == "cuda":
+        reserve(options.pool_gb + 24)
 
     def take() -> None:
         while True:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
-from mm_core.errors import EngineError, MMError
+from mm_core.errors import EngineError, MediaTooLargeError, MMError
 from mm_core.runner.runner import ModelRunner
 from mm_core.scheduler.scheduler import Scheduler
 from mm_core.scheduler.sequence import ScheduledBatch, StepResult, TokenEvent
 from mm_core.scheduler.sequence import Sequence as SequenceState
-from mm_core.types import FinishReason
+from mm_core.types import FinishReason, PreparedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +36,29 @@ class EngineCore:
         """Take one message; returns what it ended at once."""
         match message:
             case Submit(request):
-                self._submit(request)
-                return []
+                return self._submit(request)
             case Abort(request_id, index, stopped):
                 return self._abort(request_id, index, FinishReason.STOP if stopped else FinishReason.ABORT)
             case ClearCache():
                 self.scheduler.prefix.clear()
                 return []
 
-    def _submit(self, request: Any) -> None:
-        params = request.params
+    def _submit(self, request: PreparedRequest) -> list[TokenOutput]:
+        params: SamplingParams = request.params
+        capacity = self.scheduler.encoder_cache.capacity
+        largest = max((r.feature.num_tokens for r in request.ranges), default=0)
+        if largest > capacity:
+            error = MediaTooLargeError(
+                f"An item of {largest} media tokens exceeds the encoder cache of {capacity}. Raise "
+                "encoder_cache_tokens, or send the item smaller (mm_processor_kwargs)."
+            )
+            return [TokenOutput(request.request_id, 0, None, finish_reason=FinishReason.ERROR.value, error=error)]
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         sequences = [SequenceState(self._take_id(), request, index, seed) for index in range(params.n)]
         self._requests[request.request_id] = sequences
         for seq in sequences:
             self.scheduler.add(seq)
+        return []
 
     def _take_id(self) -> int:
         self._next_id += 1

@@ -19,7 +19,7 @@ from mm_core.engine.core import EngineCore
 from mm_core.errors import ConfigError, NotBuiltError, OutOfMemoryError
 from mm_core.hashing import get_hasher
 from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor
-from mm_core.inputs.pipeline import InputPipeline
+from mm_core.inputs.pipeline import InputPipeline, eos_token_ids
 from mm_core.plugins import Owner, PluginRegistry
 from mm_core.runner.memory import KVCache, block_bytes, count_blocks, kv_dtype
 from mm_core.runner.probe import measure_peak
@@ -150,3 +150,17 @@ def build_core(model: LoadedModel, config: EngineConfig) -> tuple[EngineCore, in
     logger.info("KV cache: %d tokens in %d blocks", count * block_size, count)
     runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device)
     return EngineCore(scheduler, runner, config.seed), length
+
+
+def build_pipeline(model: LoadedModel, config: EngineConfig, max_model_len: int) -> InputPipeline:
+    """The threads that turn prompts and media into prepared requests."""
+    return InputPipeline(
+        processor=model.processor,
+        fusion=model.fusion,
+        family=model.family,
+        checkpoint_identity=model.checkpoint.identity,
+        config=config,
+        vocab_size=model.decoder.vocab_size,
+        max_model_len=max_model_len,
+        stop_token_ids=eos_token_ids(model.checkpoint.generation_config, model.processor.tokenizer),
+    )

@@ -116,7 +116,7 @@ class Detokenizer:
         if self._text.startswith(self._shown):
             for split in range(len(self._window) - 1, len(self._window) - _CONTEXT_TOKENS - 1, -1):
                 head, tail = self._decode(self._window[:split]), self._decode(self._window[split:])
-                if head + tail == self._text and tail:
+                if head + tail == self._text:
                     piece = head[len(self._shown) :]
                     self._window, self._text = self._window[split:], tail
                     self._shown = self._shown[len(head) :]

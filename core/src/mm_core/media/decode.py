@@ -67,9 +67,7 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
     except FileNotFoundError:
         raise MediaError(f"There is no file {shown}. Check the path, or pass the file's bytes.") from None
     except (OSError, ValueError) as error:
-        raise MediaError(
-            f"The file {shown} cannot be opened. Check its permissions, or pass its bytes."
-        ) from error
+        raise MediaError(f"The file {shown} cannot be opened. Check its permissions, or pass its bytes.") from error
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -104,7 +102,7 @@ def decode_image(source: bytes | str | Path, limits: MediaLimits = DEFAULT_LIMIT
         )
     size = image_size(data, kind)
     if size is not None:
-        check_pixels(*size, limits.max_image_pixels)
+        check_pixels(size[0], size[1], limits.max_image_pixels)
     return _load(data, kind, limits)
 
 
@@ -120,16 +118,15 @@ def check_pixels(width: int, height: int, limit: int) -> None:
 def _load(data: bytes, kind: str, limits: MediaLimits) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            check_pixels(*image.size, limits.max_image_pixels)
+            check_pixels(image.width, image.height, limits.max_image_pixels)
             image.load()
-            check_pixels(*image.size, limits.max_image_pixels)  # a GIF's frame may be larger than its screen
+            # A GIF's frame may be larger than its screen.
+            check_pixels(image.width, image.height, limits.max_image_pixels)
             return _upright(flatten(image), _orientation(image))
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaTooLargeError(
-            "The picture has more pixels than the image library opens. Scale it down."
-        ) from None
+        raise MediaTooLargeError("The picture has more pixels than the image library opens. Scale it down.") from None
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise MediaDecodeError(
             f"The {kind} image is damaged or cut off and cannot be decoded. Save it again and resend it."
@@ -205,7 +202,7 @@ def _want(shape: tuple[int, ...], leading: str) -> str:
 def array_to_uint8(array: Any) -> np.ndarray[Any, Any]:
     """uint8 as it is; float in 0…1 scaled by 255 and rounded; anything else UnsupportedMediaError."""
     try:
-        values = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+        values: np.ndarray[Any, Any] = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
     except Exception as error:
         raise UnsupportedMediaError(
             "The array cannot be read. Pass a dense numpy array or torch tensor, uint8 or float32."
@@ -216,8 +213,9 @@ def array_to_uint8(array: Any) -> np.ndarray[Any, Any]:
         raise UnsupportedMediaError(
             f"An array of dtype {values.dtype} is no picture. Pass uint8 in 0…255 or float in 0…1."
         )
-    if values.size and not (0.0 <= float(values.min()) and float(values.max()) <= 1.0):
+    if values.size and not (float(values.min()) >= 0.0 and float(values.max()) <= 1.0):  # NaN fails, too
         raise UnsupportedMediaError(
             "A float picture has values in 0…1; this one has others. Divide by 255, or pass uint8."
         )
-    return np.rint(values.astype(np.float32) * 255.0).astype(np.uint8)
+    scaled: np.ndarray[Any, Any] = np.rint(values.astype(np.float32) * 255.0).astype(np.uint8)
+    return scaled

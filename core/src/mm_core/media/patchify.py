@@ -20,7 +20,11 @@ class Normalisation:
     rescale: float = 1 / 255
 
     def apply(
-        self, pixels: np.ndarray[Any, Any], mean: np.ndarray[Any, Any], std: np.ndarray[Any, Any], out: np.ndarray[Any, Any]
+        self,
+        pixels: np.ndarray[Any, Any],
+        mean: np.ndarray[Any, Any],
+        std: np.ndarray[Any, Any],
+        out: np.ndarray[Any, Any],
     ) -> None:
         """Normalise uint8 `pixels` into float32 `out`; mean and std broadcast against them."""
         if self.rescale == 1 / 255:

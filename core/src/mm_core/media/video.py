@@ -112,7 +112,9 @@ def decode_video(data: bytes, sampling: VideoSampling, limits: MediaLimits = DEF
     MissingExtraError where PyAV is not installed.
     """
     if not data:
-        raise MediaDecodeError("The video is empty (0 bytes). Send the bytes of an MP4, WebM or AVI file.", code=INVALID)
+        raise MediaDecodeError(
+            "The video is empty (0 bytes). Send the bytes of an MP4, WebM or AVI file.", code=INVALID
+        )
     demuxer = video_demuxer(data)
     if demuxer is None:
         raise UnsupportedMediaError(
@@ -214,7 +216,8 @@ def check_frames(count: int, width: int, height: int, limits: MediaLimits) -> No
     check_pixels(width, height, limits.max_image_pixels)
     if count > limits.max_video_frames:
         raise MediaTooLargeError(
-            f"The video has {count} frames; the limit is {limits.max_video_frames}. Pass fewer, or raise max_video_frames."
+            f"The video has {count} frames; the limit is {limits.max_video_frames}. "
+            "Pass fewer, or raise max_video_frames."
         )
     if count * width * height > limits.max_video_pixels:
         raise MediaTooLargeError(
@@ -251,7 +254,9 @@ def _stack(frames: Any, indices: Sequence[int], limits: MediaLimits) -> Frames:
     if not isinstance(frames, list | tuple):
         shape = tuple(frames.shape)
         if len(shape) != 4 or shape[3] != 3:
-            raise UnsupportedMediaError(f"A video array has shape [frames, height, width, 3]; this one has {list(shape)}.")
+            raise UnsupportedMediaError(
+                f"A video array has shape [frames, height, width, 3]; this one has {list(shape)}."
+            )
         check_frames(len(indices), shape[2], shape[1], limits)
         kept = frames if len(indices) == shape[0] else frames[list(indices)]
         return np.ascontiguousarray(array_to_uint8(kept))

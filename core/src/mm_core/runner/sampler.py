@@ -180,8 +180,7 @@ def _keep_top_p(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     weights = _weights(ordered, ordered[:, :1])
     before = weights.cumsum(dim=-1).sub_(weights)  # [R, V]: the mass of all better tokens
-    drop = before >= weights.sum(dim=-1, keepdim=True) * top_p
-    drop[:, 0] = False
+    drop = before >= weights.sum(dim=-1, keepdim=True) * top_p  # never the best token: 0 lies before it
     scores.scatter_(1, order, ordered.masked_fill_(drop, -math.inf))
 
 

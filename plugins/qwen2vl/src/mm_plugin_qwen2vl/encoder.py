@@ -104,7 +104,7 @@ class Segments(NamedTuple):
     longest: int
 
 
-class VisionPatchEmbed(nn.Module):
+class PatchProjection(nn.Module):
     """The convolution over non-overlapping patches, as the matrix product it is."""
 
     def __init__(self, config: VisionConfig, context: BuildContext) -> None:
@@ -112,13 +112,12 @@ class VisionPatchEmbed(nn.Module):
         p = config.patch_size
         kernel = (config.dim, config.channels, config.temporal_patch_size, p, p)
         flat = (config.dim, config.channels * config.temporal_patch_size * p * p)
-        self.proj = nn.Module()  # the checkpoint's name is patch_embed.proj.weight
-        self.proj.weight = empty_parameter(flat, context.device, context.dtype, checkpoint_shape=kernel)
+        self.weight = empty_parameter(flat, context.device, context.dtype, checkpoint_shape=kernel)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[patches, channels · temporal · patch²] → [patches, dim]."""
-        weight: Tensor = self.proj.weight
-        return F.linear(pixels, weight)
+        """[patches, channels · temporal · patch²] → [patches, dim], in the weight's dtype and place."""
+        pixels = pixels.to(self.weight.device, non_blocking=True)
+        return F.linear(pixels.to(self.weight.dtype), self.weight)
 
 
 class VisionAttention(nn.Module):
@@ -222,7 +221,7 @@ class Qwen2VLEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.hidden_size = config.out
-        self.patch_embed = VisionPatchEmbed(config, context)
+        self.patch_embed = nn.ModuleDict({"proj": PatchProjection(config, context)})  # as checkpoints name it
         self.blocks = nn.ModuleList(VisionBlock(config, context) for _ in range(config.depth))
         self.merger = VisionMerger(config, context)
         # Half of a head turns with the row, half with the column (2-D RoPE)
@@ -239,11 +238,9 @@ class Qwen2VLEncoder(nn.Module):
         """All items in one pass: [num_tokens, hidden_size] each, in order."""
         if not features:
             return []
-        weight = self.patch_embed.proj.weight
-        pixels = torch.cat([f.tensors["pixel_values"] for f in features])
-        x = self.patch_embed(pixels.to(weight.device, non_blocking=True).to(weight.dtype))
+        x = self.patch_embed["proj"](torch.cat([f.tensors["pixel_values"] for f in features]))
         rows = self._encode(x, [f.info["grid_thw"] for f in features])
-        return list(rows.split([f.num_tokens for f in features]))
+        return list(torch.split(rows, [f.num_tokens for f in features]))
 
     def _encode(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """Embedded patches [patches, dim] → rows [patches / merge², out]."""

@@ -56,11 +56,11 @@ def frame_layout(height: int, width: int, merge: int, window: int) -> FrameLayou
     if window:
         padded = np.full((-(-rows // window) * window, -(-cols // window) * window), -1)
         padded[:rows, :cols] = groups
-        tiles = padded.reshape(padded.shape[0] // window, window, padded.shape[1] // window, window)
-        tiles = tiles.transpose(0, 2, 1, 3).reshape(-1, window * window)
+        split = padded.reshape(padded.shape[0] // window, window, padded.shape[1] // window, window)
+        tiles = split.transpose(0, 2, 1, 3).reshape(-1, window * window)
         windows = (tiles >= 0).sum(axis=1) * merge * merge
         order = tiles[tiles >= 0]
-    places = np.stack(np.indices((height, width), dtype=np.int32), axis=-1)
+    places = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)
     places = places.reshape(rows, merge, cols, merge, 2).transpose(0, 2, 1, 3, 4)
     positions = places.reshape(rows * cols, merge * merge, 2)[order].reshape(-1, 2)
     for array in (order, positions, windows):

@@ -122,7 +122,7 @@ class Qwen2VLProcessor:
             ) from error
         return str(text)
 
-    def accepts_verbatim(self, prompt: str, counts: Mapping[Modality, int]) -> bool:
+    def accepts_verbatim(self, prompt: str, counts: Mapping[Modality, int]) -> bool:  # noqa: ARG002
         """False: media need their placeholders."""
         return False
 
@@ -178,7 +178,7 @@ class Qwen2VLProcessor:
         """Nothing: the checkpoint's stop ids are complete."""
         return SamplingDefaults()
 
-    def finish(self, text: str, token_ids: Sequence[int]) -> str:
+    def finish(self, text: str, token_ids: Sequence[int]) -> str:  # noqa: ARG002
         """The text as it is."""
         return text
 
@@ -220,7 +220,9 @@ def read_settings(part: Mapping[str, Any], modality: Modality) -> Settings:
     """One modality's settings from its part of the processor configuration, in either layout."""
     for switch in ("do_resize", "do_rescale", "do_normalize"):
         if part.get(switch, True) is not True:
-            raise CheckpointError(f"The {modality} processor setting {switch}={part[switch]!r} is not supported: want true.")
+            raise CheckpointError(
+                f"The {modality} processor setting {switch}={part[switch]!r} is not supported: want true."
+            )
     size = part.get("size") or {}
     low, high = _PIXELS[modality]
     low = _first(part.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), low)
@@ -289,6 +291,11 @@ def _token_id(tokenizer: Any, text: str) -> int:
     return found
 
 
+def _shown(value: Any) -> str:
+    """A value for an error text; ints of thousands of digits have no str."""
+    return "the value" if isinstance(value, int) and value.bit_length() > 128 else repr(value)[:40]
+
+
 def _bad(text: str) -> InvalidParamsError:
     return InvalidParamsError(f"mm_processor_kwargs: {text}", param="mm_processor_kwargs")
 
@@ -298,7 +305,7 @@ def _integer(kwargs: Mapping[str, Any], name: str, low: int, high: int) -> int |
     if value is None:
         return None
     if type(value) is not int or not low <= value <= high:
-        raise _bad(f"{name}={str(value)[:40]} is not a whole number from {low} to {high}.")
+        raise _bad(f"{name}={_shown(value)} is not a whole number from {low} to {high}.")
     return value
 
 
@@ -307,5 +314,5 @@ def _number(kwargs: Mapping[str, Any], name: str, high: float) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float) or not 0.0 < value <= high:  # written so that NaN fails
-        raise _bad(f"{name}={str(value)[:40]} is not a number above 0 and up to {high:g}.")
+        raise _bad(f"{name}={_shown(value)} is not a number above 0 and up to {high:g}.")
     return float(value)

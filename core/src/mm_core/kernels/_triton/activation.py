@@ -28,5 +28,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows and width:
-        silu_and_mul_kernel[(rows, triton.cdiv(width, BLOCK))](out, x, width, x.stride(0), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
+        silu_and_mul_kernel[(rows, triton.cdiv(width, BLOCK))](
+            out, x, width, x.stride(0), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+        )
     return out

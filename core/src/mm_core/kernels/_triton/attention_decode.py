@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mm_core.kernels._triton.attention import attend, finish
-from mm_core.kernels._triton.attention_prefill import LOG2_E
+from mm_core.kernels._triton.attention_prefill import LOG2_E, stride_unit
 
 # A split shorter than this costs more in the reduction than it gains.
 MIN_SPLIT_KEYS = 256
@@ -55,8 +55,13 @@ def decode_kernel(
     SCALE_LATE: tl.constexpr,
     SPLIT: tl.constexpr,
     MIN_KEYS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One program: the GROUP query heads of one key head of one sequence, over one split of its keys."""
+    stride_ot, stride_oh = stride_ot * UNIT, stride_oh * UNIT
+    stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
+    stride_kb, stride_kt, stride_kh = stride_kb * UNIT, stride_kt * UNIT, stride_kh * UNIT
+    stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
@@ -150,8 +155,11 @@ def combine_kernel(
 
 
 def num_decode_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:
-    """Enough splits for about four programs a multiprocessor, each with at least MIN_SPLIT_KEYS keys."""
-    wanted = triton.cdiv(4 * num_processors, max(num_programs, 1))
+    """As many splits as run at once, at three programs a multiprocessor, none under MIN_SPLIT_KEYS keys.
+
+    One program more than run at once would double the time, so the quotient is rounded down.
+    """
+    wanted = 3 * num_processors // max(num_programs, 1)
     return max(1, min(wanted, triton.cdiv(max_kv_len, MIN_SPLIT_KEYS), MAX_SPLITS))
 
 
@@ -163,11 +171,14 @@ class DecodeTiles(NamedTuple):
     stages: int
 
 
-def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
-    """Fixed by shape: enough bytes in flight for the memory's latency, within shared memory."""
+def decode_tiles(dtype: torch.dtype, head_size: int, rows: int) -> DecodeTiles:
+    """Fixed by shape: enough bytes in flight for the memory's latency. Measured on one H100.
+
+    rows: query heads of one key head, padded.
+    """
     if dtype == torch.float32:
         return DecodeTiles(32, 4, 2)
-    return DecodeTiles(64, 4, 3 if head_size <= 128 else 2)
+    return DecodeTiles(32, 2 if rows <= 32 else 4, 4 if head_size <= 128 else 2)
 
 
 def decode(
@@ -201,16 +212,20 @@ def decode(
     if splits > 1:
         partial = torch.empty((num_seqs, num_heads, splits, head_size), dtype=torch.float32, device=q.device)
         lse = torch.empty((num_seqs, num_heads, splits), dtype=torch.float32, device=q.device)
+    strides = (*out.stride()[:2], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
+    unit = stride_unit(strides)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
-    size = tiles or decode_tiles(q.dtype, head_size)
+    rows = max(16, triton.next_power_of_2(group))
+    size = tiles or decode_tiles(q.dtype, head_size, rows)
     decode_kernel[(num_kv_heads, num_seqs, splits)](
         partial, lse, q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens,
-        q if bias is None else bias, splits, scale * LOG2_E, *out.stride()[:2], *q.stride()[:2],
-        *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0), *bias_strides,
-        GROUP=group, D=head_size, BLOCK_M=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=size.keys, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=block_size,
+        q if bias is None else bias, splits, scale * LOG2_E,
+        *(stride // unit for stride in strides), block_tables.stride(0), *bias_strides,
+        GROUP=group, D=head_size, BLOCK_M=rows, BLOCK_N=size.keys,
+        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=block_size,
         CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0, SPLIT=splits > 1,
-        MIN_KEYS=MIN_SPLIT_KEYS, num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
+        MIN_KEYS=MIN_SPLIT_KEYS, UNIT=unit,
+        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(num_heads, num_seqs)](

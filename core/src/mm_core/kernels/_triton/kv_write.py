@@ -57,5 +57,6 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         k, v, k_cache, v_cache, slot_mapping,
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         HEADS=num_heads, D=head_size, BLOCK_H=triton.next_power_of_2(num_heads),
-        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k_cache.shape[1], num_warps=4, enable_fp_fusion=True,
+        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k_cache.shape[1],
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -87,7 +87,8 @@ def _launch(
         q, k, cos, sin, cos if positions is None else positions, axis_of_freq if axes else cos,
         q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0), *strides,
         HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_H=block_h,
-        TABLE=positions is not None, AXES=axes, num_warps=1 if block_h * half <= 256 else 2, enable_fp_fusion=True,
+        TABLE=positions is not None, AXES=axes,
+        num_warps=max(1, min(8, block_h * half // 256)), enable_fp_fusion=True,
     )  # fmt: skip
 
 

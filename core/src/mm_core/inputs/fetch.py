@@ -1,0 +1,231 @@
+"""One media value, in any of the forms users have, to a normalised `MediaItem` with its digest."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from mm_core.errors import MediaDecodeError, MediaTooLargeError, UnsupportedMediaError
+from mm_core.hashing import Hasher, encode_fields, media_digest
+from mm_core.inputs.caches import LruMap
+from mm_core.media.decode import MediaLimits, array_to_image, decode_image, read_regular_file, to_rgb
+from mm_core.media.video import Video, VideoSampling, decode_video, frames_to_video
+from mm_core.types import MediaItem, Modality
+
+MAX_ALIASES = 16384
+MAX_SAMPLE_RATE = 768_000
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters or more: "C:" is a drive
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An item whose content may not have been decoded (`item.data` is None); `load` gets it whole."""
+
+    item: MediaItem
+    load: Callable[[], MediaItem]
+
+
+class Fetcher:
+    """Values to items. Thread-safe.
+
+    A digest of encoded bytes is remembered as an alias of the content's digest, so that a picture
+    sent again is recognised without decoding it.
+    """
+
+    def __init__(self, hasher: Hasher, limits: MediaLimits) -> None:
+        self._hasher = hasher
+        self._limits = limits
+        self._aliases: LruMap[bytes, MediaItem] = LruMap(MAX_ALIASES)
+        # Loading a lazily opened PIL image is not thread-safe, and two requests may share one.
+        self._pil_lock = threading.Lock()
+
+    def fetch(
+        self, modality: Modality, value: Any, sampling: VideoSampling | None = None, *, allow_paths: bool = True
+    ) -> Fetched:
+        """Recognise one value; decode it, unless its bytes were seen before.
+
+        image: PIL image, path, bytes, `data:` URL, array [height, width, 3] or [height, width].
+        video: path, bytes, `data:` URL, frames (a list of images, or [n, height, width, 3]),
+        `(frames, fps)`, `{"frames": …, "fps": …}`. audio: `(samples, rate)`.
+        sampling: which frames of a video are kept. allow_paths=False: a str must be a `data:` URL
+        (values that come from a network). Raises MediaError and its subclasses.
+        """
+        sampling = sampling or VideoSampling()
+        if isinstance(value, memoryview | bytearray):
+            value = bytes(value)
+        if isinstance(value, str | Path):
+            value = self._read(modality, value, allow_paths)
+        if isinstance(value, bytes):
+            return self._fetch_encoded(modality, value, sampling)
+        item = self._from_object(modality, value, sampling)
+        return Fetched(item, lambda: item)
+
+    def _read(self, modality: Modality, value: str | Path, allow_paths: bool) -> bytes:
+        """Bytes behind a path or a `data:` URL."""
+        if isinstance(value, str):
+            scheme = _SCHEME.match(value)
+            if scheme and scheme[0].lower() == "data:":
+                return decode_data_url(value, modality, self._limits.max_encoded_bytes)
+            if scheme:
+                raise UnsupportedMediaError(
+                    f"URLs ({scheme[0][:20]}) are not fetched. "
+                    "Download the file and pass its path or bytes, or a data: URL."
+                )
+        if not allow_paths:
+            raise UnsupportedMediaError(
+                f"The {modality} is no data: URL. Send it as `data:{modality}/…;base64,…`; paths are not read here."
+            )
+        return read_regular_file(value, self._limits.max_encoded_bytes)
+
+    def _fetch_encoded(self, modality: Modality, data: bytes, sampling: VideoSampling) -> Fetched:
+        if modality == "audio":
+            raise UnsupportedMediaError(
+                "Audio files are not decoded yet. Pass (samples, rate): a float array in -1…1 and its sample rate."
+            )
+        how = repr(sampling) if modality == "video" else ""
+        alias = self._hasher(encode_fields((modality, how, self._hasher(data))))
+
+        def load() -> MediaItem:
+            if modality == "image":
+                item = self._image(decode_image(data, self._limits))
+            else:
+                item = self._video(decode_video(data, sampling, self._limits))
+            self._aliases.put(alias, MediaItem(modality, item.digest, None, item.info))
+            return item
+
+        known = self._aliases.get(alias)
+        if known is not None:
+            return Fetched(known, load)
+        item = load()
+        return Fetched(item, lambda: item)
+
+    def _from_object(self, modality: Modality, value: Any, sampling: VideoSampling) -> MediaItem:
+        if modality == "audio":
+            return self._audio(value)
+        if modality == "video":
+            frames, fps = _frames_of(value)
+            return self._video(frames_to_video(frames, fps, sampling, self._limits))
+        if isinstance(value, ImageFile.ImageFile):
+            with self._pil_lock:
+                return self._image(to_rgb(value, self._limits))
+        if isinstance(value, Image.Image):
+            return self._image(to_rgb(value, self._limits))
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return self._image(array_to_image(value, self._limits))
+        raise UnsupportedMediaError(
+            f"An image cannot be a {type(value).__name__}. Pass a PIL image, a path, bytes, a data: URL, or an array."
+        )
+
+    def _image(self, image: Image.Image) -> MediaItem:
+        width, height = image.size
+        digest = media_digest(self._hasher, "image", ("RGB", height, width), image.tobytes())
+        return MediaItem("image", digest, image, {"width": width, "height": height})
+
+    def _video(self, video: Video) -> MediaItem:
+        count, height, width, _ = video.frames.shape
+        header = ("uint8", count, height, width, 3, video.fps, video.sample_fps, *video.times)
+        digest = media_digest(self._hasher, "video", header, video.frames.data)
+        info = {
+            "frames": count, "width": width, "height": height,
+            "fps": video.fps, "sample_fps": video.sample_fps, "times": video.times,
+        }  # fmt: skip
+        return MediaItem("video", digest, video.frames, info)
+
+    def _audio(self, value: Any) -> MediaItem:
+        samples, rate = _samples_of(value)
+        digest = media_digest(self._hasher, "audio", ("float32", len(samples), rate), samples.data)
+        return MediaItem("audio", digest, samples, {"sample_rate": rate, "samples": len(samples)})
+
+
+def decode_data_url(url: str, modality: Modality, limit: int) -> bytes:
+    """Bytes of a `data:<type>;base64,…` URL: standard alphabet, padded, no white space, not empty.
+
+    The length is checked before anything is decoded. Raises MediaDecodeError, MediaTooLargeError.
+    """
+    code = f"invalid_{modality}"
+    head, comma, body = url[5:].partition(",")
+    kind, *options = head[:200].lower().split(";")
+    if not comma or "base64" not in options:
+        raise MediaDecodeError(
+            f"The data: URL is not of the form `data:{modality}/…;base64,…`. Encode the file with standard base64.",
+            code=code,
+        )
+    if kind and kind.split("/")[0] not in (modality, "application"):
+        raise MediaDecodeError(
+            f"The data: URL says it holds {kind[:40]!r}, where {modality} is wanted. Send it as `data:{modality}/…`.",
+            code=code,
+        )
+    if len(body) // 4 * 3 > limit + 2:
+        raise MediaTooLargeError(f"The data: URL holds more than {limit} bytes. Send a smaller file.")
+    try:
+        data = base64.b64decode(body.encode("ascii"), validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    if not data:
+        raise MediaDecodeError(
+            "The data: URL's base64 is empty or damaged. Use the standard alphabet with padding, without white space.",
+            code=code,
+        )
+    return data
+
+
+def _frames_of(value: Any) -> tuple[Any, float | None]:
+    """Frames and their fps, from any of the ways to pass frames."""
+    fps: Any = None
+    if isinstance(value, Mapping):
+        if "frames" not in value or not set(value) <= {"frames", "fps"}:
+            raise UnsupportedMediaError('A video dict has the keys "frames" and "fps", nothing else.')
+        value, fps = value["frames"], value.get("fps")
+    elif isinstance(value, tuple) and len(value) == 2 and (value[1] is None or isinstance(value[1], int | float)):
+        value, fps = value
+    if not isinstance(value, list | tuple) and not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise UnsupportedMediaError(
+            f"Frames cannot be a {type(value).__name__}. Pass a list of images, or an array [frames, height, width, 3]."
+        )
+    return value, fps
+
+
+def _samples_of(value: Any) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
+    """Mono float32 samples and their rate, from `(samples, rate)`."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise UnsupportedMediaError(
+            f"Audio cannot be a {type(value).__name__}. Pass (samples, rate): a float array in -1…1 and its rate."
+        )
+    samples, rate = value
+    if type(rate) is not int or not 0 < rate <= MAX_SAMPLE_RATE:
+        raise MediaDecodeError(f"The sample rate is a whole number from 1 to {MAX_SAMPLE_RATE}.", code="invalid_audio")
+    try:
+        array = np.asarray(samples.detach().cpu() if hasattr(samples, "detach") else samples)
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedMediaError("The samples are no array of numbers. Pass float32 [samples].") from error
+    if array.ndim != 1:
+        raise UnsupportedMediaError(
+            f"Samples have shape [samples] (mono); these have {list(array.shape)}. Mix them down."
+        )
+    if array.size == 0:
+        raise MediaDecodeError("The audio has no samples.", code="empty_audio")
+    if not np.isfinite(array).all():
+        raise MediaDecodeError("The audio has NaN or infinite samples. Clean it first.", code="nonfinite_audio")
+    return array, rate
+
+
+def require_modality(modality: str, family: str, modalities: tuple[Modality, ...]) -> Modality:
+    """`modality` where the family reads it; UnsupportedMediaError, naming what it reads, otherwise."""
+    for known in modalities:
+        if known == modality:
+            return known
+    raise UnsupportedMediaError(
+        f"Family {family!r} reads {' and '.join(modalities) or 'no media'}, not {str(modality)[:40]!r}. "
+        "Leave it out, or load a model of a family that reads it.",
+        param="multi_modal_data",
+    )

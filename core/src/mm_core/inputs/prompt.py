@@ -1,0 +1,318 @@
+"""Prompts to token ids: templates, special tokens, placeholders and their expansion.
+
+Text of users inside messages is never parsed for special tokens: a picture's placeholder enters a
+prompt through the chat template only, however the text around it is spelt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mm_core.errors import ContextLengthError, InvalidPromptError, MMError, PlaceholderMismatchError, PluginError
+from mm_core.hookspecs import Processor
+from mm_core.inputs.messages import Given
+from mm_core.types import MediaFeature, Modality, PlaceholderRange
+
+Ids = list[int]
+
+
+class PromptRenderer:
+    """Text, ids or messages to prompt ids with one placeholder id an item. Thread-safe.
+
+    Two tokenizer backends are used and neither is ever changed: the checkpoint's own, which knows
+    special tokens, and a copy that takes their spelling for plain text.
+    """
+
+    def __init__(self, processor: Processor, family: str, vocab_size: int, max_model_len: int) -> None:
+        self._processor = processor
+        self._family = family
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._backend = _backend_of(processor.tokenizer)
+        spellings = {processor.placeholder(m) for m in processor.modalities}
+        self._placeholder_ids: dict[int, Modality] = {processor.placeholder_id(m): m for m in processor.modalities}
+        self._literal, self._controls = _literal_backend(self._backend, spellings)
+        self._edges = {text[0] for text in self._controls} | {text[-1] for text in self._controls}
+        self._control_ids = frozenset(self._controls.values()) | frozenset(self._placeholder_ids)
+        self._longest_token = max((len(t) for t in self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def render(self, given: Given, apply_chat_template: bool | None) -> Ids:
+        """Prompt ids in which each item has exactly one placeholder id (or none, where the processor
+        accepts the prompt as it stands).
+
+        Raises InvalidPromptError, PlaceholderMismatchError, ContextLengthError.
+        """
+        counts = count_items(given)
+        if given.messages is not None:
+            if apply_chat_template is False:
+                raise InvalidPromptError("Messages need the chat template: leave out apply_chat_template=False.")
+            ids = self._chat_ids(given.messages)
+            verbatim: str | None = None
+        elif given.token_ids is not None:
+            if apply_chat_template:
+                raise InvalidPromptError("prompt_token_ids cannot go through a chat template. Pass `prompt` instead.")
+            ids = self._checked_ids(given.token_ids)
+            verbatim = str(self._processor.tokenizer.decode(ids)) if counts else None
+        else:
+            verbatim = given.text or ""
+            if self._is_turn(verbatim, counts, apply_chat_template):
+                ids, verbatim = self._chat_ids([_user_turn(verbatim, given)]), None
+            else:
+                ids = self._verbatim_ids(verbatim)
+        self._check_placeholders(ids, counts, verbatim)
+        if len(ids) + 1 > self._max_model_len:
+            raise too_long(len(ids), self._max_model_len)
+        return ids
+
+    def expand(self, ids: Ids, features: Sequence[MediaFeature]) -> tuple[Ids, tuple[PlaceholderRange, ...]]:
+        """Put each item's expansion in place of its placeholder; one pass.
+
+        features: in the order given; those of one modality take its placeholders from left to right.
+        Items without a placeholder (prompts accepted as they stand) come first. Ranges are in
+        prompt order. Raises PluginError where an expansion breaks the contract.
+        """
+        waiting: dict[Modality, list[MediaFeature]] = {}
+        for feature in reversed(features):
+            waiting.setdefault(feature.modality, []).append(feature)
+        out: Ids = []
+        ranges: list[PlaceholderRange] = []
+        if not any(i in self._placeholder_ids for i in ids):
+            for feature in features:
+                self._append(feature, out, ranges)
+            waiting.clear()
+        for token in ids:
+            queue = waiting.get(self._placeholder_ids[token]) if token in self._placeholder_ids else None
+            if queue:
+                self._append(queue.pop(), out, ranges)
+            else:
+                out.append(token)
+        return out, tuple(ranges)
+
+    def _append(self, feature: MediaFeature, out: Ids, ranges: list[PlaceholderRange]) -> None:
+        token_ids, is_media = guarded(self._family, "expand", lambda: self._processor.expand(feature))
+        mask = tuple(bool(m) for m in is_media)
+        rows = sum(mask)
+        cross = not mask and not token_ids  # cross-attention: rows, and no tokens that stand for them
+        if len(token_ids) != len(mask) or (rows != feature.num_tokens and not cross):
+            raise PluginError(
+                f"Processor of plugin {self._family!r}: expand() gave {len(token_ids)} ids and a mask of {len(mask)} "
+                f"with {rows} rows for an item of {feature.num_tokens} rows. All must agree; report it to its author."
+            )
+        ranges.append(PlaceholderRange(len(out), len(mask), mask, feature))
+        out.extend(token_ids)
+
+    def _is_turn(self, text: str, counts: Mapping[Modality, int], apply_chat_template: bool | None) -> bool:
+        """Whether the text is one user turn, and not a complete prompt."""
+        if apply_chat_template is not None:
+            return apply_chat_template
+        if not counts or any(self._processor.placeholder(m) in text for m in self._processor.modalities):
+            return False
+        return not self._processor.accepts_verbatim(text, counts)
+
+    def _check_placeholders(self, ids: Ids, counts: Mapping[Modality, int], verbatim: str | None) -> None:
+        found: dict[Modality, int] = {}
+        for token in ids:
+            modality = self._placeholder_ids.get(token)
+            if modality is not None:
+                found[modality] = found.get(modality, 0) + 1
+        if found == dict(counts):
+            return
+        if not found and verbatim is not None and self._processor.accepts_verbatim(verbatim, counts):
+            return
+        told = []
+        for modality in self._processor.modalities:
+            have, want = found.get(modality, 0), counts.get(modality, 0)
+            if have != want:
+                told.append(f"{have} × {self._processor.placeholder(modality)!r} for {want} item(s) of {modality}")
+        raise PlaceholderMismatchError(
+            f"The prompt has {', '.join(told)}. Write one placeholder an item, or none at all: a prompt with media "
+            "and without placeholders becomes one user turn of the chat template.",
+            param="prompt",
+        )
+
+    def _verbatim_ids(self, text: str) -> Ids:
+        self._check_text(text)
+        ids = self._encode(text, add_special_tokens=True)
+        if not ids:
+            raise InvalidPromptError("The prompt is empty. Write some text.", param="prompt")
+        return ids
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> Ids:
+        values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if not isinstance(values, list | tuple) or not values:
+            raise InvalidPromptError("prompt_token_ids is a list of at least one token id.", param="prompt_token_ids")
+        for token in values:
+            if type(token) is not int or not 0 <= token < self._vocab_size:
+                raise InvalidPromptError(
+                    f"prompt_token_ids holds something else than ids from 0 to {self._vocab_size - 1}.",
+                    param="prompt_token_ids",
+                )
+        return list(values)
+
+    def _check_text(self, text: str) -> None:
+        try:
+            nbytes = len(text.encode())
+        except UnicodeEncodeError:
+            error = InvalidPromptError(
+                "The text holds half of a surrogate pair, which is no character. Send valid Unicode.", param="prompt"
+            )
+            error.code = "invalid_unicode"
+            raise error from None
+        if nbytes > self._max_model_len * self._longest_token:
+            raise ContextLengthError(
+                f"The text has {nbytes} bytes; the model's context is {self._max_model_len} tokens. Shorten it.",
+                param="prompt",
+            )
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ids:
+        ids: Ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if ids and max(ids) >= self._vocab_size:
+            raise InvalidPromptError(
+                f"The prompt holds token {max(ids)}; the model knows {self._vocab_size}. Leave that special token out.",
+                param="prompt",
+            )
+        return ids
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> Ids:
+        """Messages through the template, the texts in them being plain text whatever they spell.
+
+        Text and template are tokenized together, as the model was trained. If that makes other
+        special tokens than the template alone has, they are tokenized apart.
+        """
+        texts = _texts_of(messages)
+        for text in texts:
+            self._check_text(text)
+        joint = self._encode(self._apply_template(messages))
+        if not any(self._suspicious(text) for text in texts):
+            return joint
+        pieces = self._template_pieces(messages)
+        encoded = [self._encode(piece) if isinstance(piece, str) else piece for piece in pieces]
+        wanted = [i for piece in encoded if isinstance(piece, list) for i in piece if i in self._control_ids]
+        if [i for i in joint if i in self._control_ids] == wanted:
+            return joint
+        apart: Ids = []
+        for piece in encoded:
+            apart += piece if isinstance(piece, list) else self._literal_ids(texts[piece])
+        return apart
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        call = self._processor.apply_chat_template
+        return str(guarded(self._family, "apply_chat_template", lambda: call(messages)))
+
+    def _suspicious(self, text: str) -> bool:
+        """Whether the text could be part of a special token's spelling, alone or with its neighbours."""
+        return not self._edges.isdisjoint(text) or (self._backend.normalizer is not None and not text.isascii())
+
+    def _template_pieces(self, messages: Sequence[Mapping[str, Any]]) -> list[str | int]:
+        """The rendered prompt as template pieces (str) and indices into `_texts_of(messages)`.
+
+        The texts are replaced by marks that no user can guess, and found again after rendering.
+        """
+        token = secrets.token_hex(8)
+        rendered = self._apply_template(_with_marks(messages, token))
+        split = re.split(f"\ue000{token}([0-9]+)\ue001", rendered)
+        return [int(piece) if index % 2 else piece for index, piece in enumerate(split)]
+
+    def _literal_ids(self, text: str) -> Ids:
+        """Ids of plain text: no special token among them, whatever the text spells."""
+        ids: Ids = self._literal.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # Vocabularies that hold special tokens as ordinary pieces: cut each spelling after its first character.
+        spellings = "|".join(re.escape(c) for c in sorted(self._controls, key=len, reverse=True))
+        cut = re.sub(spellings, lambda m: m[0][0] + "\ue000" + m[0][1:], text)
+        parts = (self._literal.encode(part, add_special_tokens=False).ids for part in cut.split("\ue000"))
+        return [i for part in parts for i in part if i not in self._control_ids]
+
+
+def count_items(given: Given) -> dict[Modality, int]:
+    """Items by modality; modalities without items are absent."""
+    counts: dict[Modality, int] = {}
+    for item in given.items:
+        counts[item.modality] = counts.get(item.modality, 0) + 1
+    return counts
+
+
+def too_long(tokens: int, max_model_len: int) -> ContextLengthError:
+    """The error for a prompt that leaves no room for an answer."""
+    return ContextLengthError(
+        f"The prompt has {tokens} tokens, media included, and the model's context is {max_model_len}: no room for an "
+        "answer. Shorten the prompt, send fewer or smaller media (max_pixels, fps), or raise max_model_len.",
+        param="prompt",
+    )
+
+
+def guarded(family: str, hook: str, call: Callable[[], Any]) -> Any:
+    """Call a plugin's code; what it raises beside MMErrors becomes a PluginError that names it."""
+    try:
+        return call()
+    except MMError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"Plugin {family!r} failed in {hook}() with {type(error).__name__}. Report it to the plugin's author."
+        ) from error
+
+
+def _backend_of(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise PluginError(
+            f"Tokenizer {type(tokenizer).__name__} has no `backend_tokenizer`. mm-core needs one of the tokenizers "
+            "library: load it with AutoTokenizer."
+        )
+    return backend
+
+
+def _literal_backend(backend: Any, placeholders: set[str]) -> tuple[Any, dict[str, int]]:
+    """A copy of the backend to which special tokens and placeholders are plain text, and those
+    spellings with their ids."""
+    settings = json.loads(backend.to_str())
+    added = settings.get("added_tokens", [])
+    controls = {t["content"]: int(t["id"]) for t in added if t["special"] or t["content"] in placeholders}
+    settings["added_tokens"] = [t for t in added if t["content"] not in controls]
+    settings["truncation"] = settings["padding"] = None
+    literal = type(backend).from_str(json.dumps(settings))
+    literal.encode_special_tokens = True
+    return literal, controls
+
+
+def _user_turn(text: str, given: Given) -> dict[str, Any]:
+    """One user message: the media in the order given, then the text."""
+    parts: list[dict[str, str]] = [{"type": item.modality} for item in given.items]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def _texts_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    texts: list[str] = []
+    for message in messages:
+        content = message["content"]
+        texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return texts
+
+
+def _with_marks(messages: Sequence[Mapping[str, Any]], token: str) -> list[dict[str, Any]]:
+    """The messages with their texts, in the order of `_texts_of`, replaced by numbered marks.
+
+    Empty texts stay, as templates may ask whether there is any.
+    """
+    index = -1
+
+    def mark(text: str) -> str:
+        nonlocal index
+        index += 1
+        return f"\ue000{token}{index}\ue001" if text else text
+
+    marked: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = mark(content)
+        else:
+            content = [{**p, "text": mark(p["text"])} if p["type"] == "text" else p for p in content]
+        marked.append({**message, "content": content})
+    return marked
