@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mm_core.checkpoint import open_checkpoint, resolve_dtype
-from mm_core.errors import CheckpointError, ConfigError, MMError
 from safetensors.torch import save_file
 from support.hub import COMMIT, Hub, serve
+
+from mm_core.checkpoint import open_checkpoint, resolve_dtype
+from mm_core.errors import CheckpointError, ConfigError, MMError
 
 HUB_CONFIG = {
     "architectures": ["Qwen2VLForConditionalGeneration"],

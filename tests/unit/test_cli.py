@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from mm_core import zoo
 from mm_core.cli import main
 from mm_core.errors import CheckpointError, ConfigError

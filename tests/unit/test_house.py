@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mm_core
 import pytest
+
+import mm_core
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
@@ -51,6 +52,12 @@ def test_public_names():
         _ = mm_core.absent
 
 
+def first_line(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Where counting begins. A kernel's counts from its body: one argument a line is no complexity."""
+    kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+    return function.body[1 if ast.get_docstring(function) else 0].lineno if kernel else function.lineno
+
+
 def test_sizes():
     faults = []
     for path in SOURCES:
@@ -60,7 +67,7 @@ def test_sizes():
             faults.append(f"{path.relative_to(ROOT)}: {lines} lines, the limit is {limit}")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                length = (node.end_lineno or node.lineno) - first_line(node) + 1
                 if length > MAX_FUNCTION:
                     faults.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {length} lines")
     assert not faults, "\n".join(faults)

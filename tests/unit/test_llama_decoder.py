@@ -16,7 +16,7 @@ from mm_core.decoders.default import mm_decoder
 from mm_core.decoders.llama import PREFIXES, LlamaConfig, LlamaDecoder, llama_weight_map
 from mm_core.errors import ConfigError, NotBuiltError
 from mm_core.hookspecs import BuildContext
-from mm_core.layers import AttentionMetadata, ForwardContext, RopeConfig, rope_inv_freq
+from mm_core.layers import AttentionMetadata, ForwardContext, RopeConfig, pack_linears_, rope_inv_freq
 
 TOLERANCE = 5e-4  # of logits, in float32
 BLOCK = 16
@@ -151,6 +151,20 @@ def test_decoding_token_by_token_equals_the_reference(case: str) -> None:
     for row, (i, n) in enumerate(zip(ids, prefilled, strict=True)):
         want = reference(i[None, : n + 4]).logits[0, n - 1 :]
         torch.testing.assert_close(torch.stack(got[row]), want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-head-dim", "qwen2-tied"])
+@torch.inference_mode()
+def test_packed_weights_give_the_same_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_core.layers.packing.MIN_ELEMENTS", 1)
+    reference, decoder = build(case)
+    pack_linears_(decoder)
+    pack_linears_(decoder)  # a second time changes nothing
+    assert decoder.layers[0].self_attn.qkv_proj.weight.numel() == 0
+    assert (decoder.packed_head is not None) == decoder.config.tied
+    (ids,) = prompts([33])
+    (got,) = Batch(decoder, [33]).step([ids])
+    torch.testing.assert_close(got, reference(ids[None]).logits[0], atol=TOLERANCE, rtol=0)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
 from mm_core import hookimpl
 from mm_core.errors import CheckpointError, PluginConflictError, PluginError, UnsupportedModelError
 from mm_core.hookspecs import DecoderSpec, WeightMap

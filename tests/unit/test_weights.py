@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from mm_core.checkpoint import LoadedCheckpoint, init_dummy_weights, load_weights, open_checkpoint
 from mm_core.errors import CheckpointError, PluginError
 from mm_core.hookspecs import WeightMap
-from safetensors.torch import save_file
-from torch import nn
 
 MAP = WeightMap(
     rename=((r"model\.", ""), (r"lm_head\.", "head.")),
@@ -170,7 +171,7 @@ def test_tensor_outside_its_indexed_shard(tmp_path):
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 3])
 def test_index_may_not_leave_the_directory(tmp_path, file):
     first, second = halves()
-    with pytest.raises(CheckpointError, match="only .*safetensors files beside the index"):
+    with pytest.raises(CheckpointError, match=r"only .*safetensors files beside the index"):
         load(checkpoint(tmp_path / "m", first, second, index={"x": file}))
 
 

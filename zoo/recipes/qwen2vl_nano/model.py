@@ -32,6 +32,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def share_heads(x: Tensor) -> Tensor:
+    """Repeat each key or value head for the query heads that share it."""
+    batch, heads, length, size = x.shape
+    times = C.HEADS // heads
+    return x[:, :, None].expand(batch, heads, times, length, size).reshape(batch, C.HEADS, length, size)
+
+
 def patchify(pixels: Tensor) -> Tensor:
     """Normalised pixels [B, 3, H, W] to patches [B, N, 588] in the family's order (merge groups together)."""
     batch, channels, height, width = pixels.shape
@@ -117,7 +124,7 @@ class TextLayer(nn.Module):
             for name, heads in (("q_proj", C.HEADS), ("k_proj", C.KV_HEADS), ("v_proj", C.KV_HEADS))
         )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        key, value = (t.repeat_interleave(C.HEADS // C.KV_HEADS, dim=1) for t in (key, value))
+        key, value = (share_heads(t) for t in (key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
         hidden = self.post_attention_layernorm(x)
@@ -156,8 +163,8 @@ class Nano(nn.Module):
             if index < len(pictures):
                 rows, columns = (side // (PATCH * MERGE) for side in pictures[index].shape[2:])
                 parts.append(self.visual(pictures[index]))
-                row = torch.arange(rows, device=device).repeat_interleave(columns)
-                column = torch.arange(columns, device=device).repeat(rows)
+                row = torch.arange(rows, device=device)[:, None].expand(-1, columns).reshape(-1)
+                column = torch.arange(columns, device=device)[None].expand(rows, -1).reshape(-1)
                 positions.append(torch.stack((torch.zeros_like(row), row, column)) + start)
                 start += max(rows, columns)
         parts.append(self.embed_tokens(turns.tokens))

@@ -23,10 +23,12 @@ from mm_core.layers import (
     GatedMLP,
     Linear,
     MergedLinear,
+    PackedWeight,
     PagedAttention,
     RMSNorm,
     RopeConfig,
     RotaryEmbedding,
+    pack,
 )
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -206,6 +208,7 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config, i, context) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.max_model_len, device)
+        self.packed_head: PackedWeight | None = None  # of a tied head, beside the embedding
         self.lm_head: Linear | None = None
         if not config.tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
@@ -227,8 +230,17 @@ class LlamaDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → [R, vocab], for the rows that are sampled from."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        if self.lm_head is not None:
+            scores: Tensor = self.lm_head(hidden)
+            return scores
+        if self.packed_head is not None:
+            return self.packed_head.linear(hidden, None)
+        return F.linear(hidden, self.embed_tokens.weight)
+
+    def pack_(self) -> None:
+        """See `layers.pack_linears_`: a tied head gets a packed copy, the embedding stays."""
+        if self.lm_head is None:
+            self.packed_head = pack(self.embed_tokens.weight)
 
 
 def _check_window(config: LlamaConfig, max_model_len: int) -> None:

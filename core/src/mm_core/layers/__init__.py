@@ -10,6 +10,7 @@ from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
 from mm_core.layers.mlp import GatedMLP
 from mm_core.layers.norm import LayerNorm, RMSNorm
+from mm_core.layers.packing import PackedWeight, pack, pack_linears_
 from mm_core.layers.parameter import empty_parameter
 from mm_core.layers.rotary import MROPE_SLACK, RopeConfig, RotaryEmbedding, rope_inv_freq
 
@@ -22,10 +23,13 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MergedLinear",
+    "PackedWeight",
     "PagedAttention",
     "RMSNorm",
     "RopeConfig",
     "RotaryEmbedding",
     "empty_parameter",
+    "pack",
+    "pack_linears_",
     "rope_inv_freq",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
 
 
@@ -15,6 +16,7 @@ class Linear(nn.Module):
     """One projection, [..., in_features] → [..., out_features]."""
 
     bias: nn.Parameter | None
+    packed: PackedWeight | None = None
 
     def __init__(
         self,
@@ -31,7 +33,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
+        if self.packed is not None:
+            return self.packed.linear(x, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def pack_(self) -> None:
+        """See `packing.pack_linears_`; the plain weight is dropped."""
+        if self.packed is None and (packed := pack(self.weight)) is not None:
+            self.packed = packed
+            self.weight.data = self.weight.data.new_empty(0)
 
 
 class MergedLinear(Linear):

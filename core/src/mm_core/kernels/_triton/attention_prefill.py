@@ -13,6 +13,8 @@ from torch import Tensor
 from mm_core.kernels._triton.attention import attend, finish
 
 LOG2_E = 1.4426950408889634
+# Bytes of shared memory that the largest tiles take.
+ROOMY = 224 * 1024
 
 
 @triton.jit
@@ -148,15 +150,18 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def prefill_tiles(dtype: torch.dtype, head_size: int, rows: int, group: int, has_bias: bool) -> Tiles:
+def prefill_tiles(
+    dtype: torch.dtype, head_size: int, rows: int, group: int, *, has_bias: bool, shared_memory: int
+) -> Tiles:
     """Fixed by shape: float32 runs on plain FMAs, whose tiles must stay small; half types on tensor cores.
 
-    rows: the longest sequence's, tokens * group. Measured on one H100.
+    rows: the longest sequence's, tokens * group. shared_memory: what one program may have, in bytes.
+    Measured on one H100 (228 KiB); the small tiles for less memory are not tuned.
     """
     wide = triton.next_power_of_2(group)
     if dtype == torch.float32:
         return Tiles(max(32, wide), 32, 4, 2)
-    if head_size > 128:
+    if head_size > 128 or shared_memory < ROOMY:
         return Tiles(max(64, wide), 32, 4, 2)
     if rows <= 64:
         return Tiles(max(64, wide), 32, 4, 3)
@@ -196,7 +201,10 @@ def prefill(
     num_seqs = cu_seqlens_q.shape[0] - 1
     if num_tokens == 0 or num_seqs == 0:
         return
-    size = tiles or prefill_tiles(q.dtype, head_size, max_q_len * group, group, bias is not None)
+    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else ROOMY
+    size = tiles or prefill_tiles(
+        q.dtype, head_size, max_q_len * group, group, has_bias=bias is not None, shared_memory=memory
+    )
     block_q = size.rows // group
     num_tiles = num_tokens // block_q + num_seqs
     paged = block_tables is not None
