@@ -37,6 +37,8 @@ def load_renamed(module: nn.Module, tensors: Mapping[str, Tensor], weight_map: W
             unused.add(name)
             continue
         target, shard = found
+        if target in weight_map.tied:
+            continue
         param = params[target]
         assert tuple(tensor.shape) == tuple(getattr(param, "checkpoint_shape", tensor.shape)), name
         with torch.no_grad():

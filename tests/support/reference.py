@@ -40,9 +40,7 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).eval()
         self.merge = self.processor.merge_size**2
 
-    def inputs(
-        self, prompt: str, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
-    ) -> dict[str, Any]:
+    def inputs(self, prompt: str, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> dict[str, Any]:
         """What transformers' Qwen2VLProcessor gives: every pad token repeated, then tokenized."""
         given: dict[str, Any] = {}
         if images:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from support.reference import Video
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from support.reference import Video
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-def reference_video(
-    frames: np.ndarray, fps: float, min_pixels: int = 56 * 56, max_pixels: int = 64 * 28 * 28
-) -> Video:
+def reference_video(frames: np.ndarray, fps: float, min_pixels: int = 56 * 56, max_pixels: int = 64 * 28 * 28) -> Video:
     """frames: [n, height, width, 3] uint8; an odd one out is repeated to fill the last pair."""
     height, width = smart_resize(*frames.shape[1:3], factor=28, min_pixels=min_pixels, max_pixels=max_pixels)
     resized = [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]

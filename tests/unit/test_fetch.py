@@ -90,9 +90,11 @@ BODY = base64.b64encode(b"12345678901").decode()
 @pytest.mark.parametrize(
     "url",
     [
-        "data:", "data:image/png;base64", "data:image/png;base64,", f"data:image/png,{BODY}", f"data:text/html;base64,{BODY}",
+        "data:", "data:image/png;base64", "data:image/png;base64,", f"data:image/png,{BODY}",
+        f"data:text/html;base64,{BODY}",
         f"data:image/png;base64,{BODY[:-1]}", f"data:image/png;base64, {BODY}", f"data:image/png;base64,{BODY}\n",
-        f"data:image/png;base64,{BODY[:4]}\n{BODY[4:]}", "data:image/png;base64,_-_-", "data:image/png;base64,Ä", f"data:image/png;base64,{BODY}====",
+        f"data:image/png;base64,{BODY[:4]}\n{BODY[4:]}", "data:image/png;base64,_-_-", "data:image/png;base64,Ä",
+        f"data:image/png;base64,{BODY}====",
     ],
 )  # fmt: skip
 def test_data_urls_are_strict(url: str) -> None:

@@ -24,7 +24,9 @@ def transformers_backend(folder: Path, device: str = "cpu", batch: int = 48) -> 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pad, image_token = tokenizer.pad_token_id, model.config.image_token_id
 
-    def encode(images: Sequence[Image.Image], question: str) -> tuple[list[int], list[np.ndarray], list[tuple[int, int, int]]]:
+    def encode(
+        images: Sequence[Image.Image], question: str
+    ) -> tuple[list[int], list[np.ndarray], list[tuple[int, int, int]]]:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -43,7 +45,9 @@ def transformers_backend(folder: Path, device: str = "cpu", batch: int = 48) -> 
             rows = [encode(*one) for one in asked[start : start + batch]]
             longest = max(len(row[0]) for row in rows)
             ids = torch.tensor([[pad] * (longest - len(row[0])) + row[0] for row in rows], device=device)
-            seen = torch.tensor([[0] * (longest - len(row[0])) + [1] * len(row[0]) for row in rows], device=device)
+            seen = torch.tensor(
+                [[0] * (longest - len(row[0])) + [1] * len(row[0]) for row in rows], device=device
+            )
             made = model.generate(
                 input_ids=ids,
                 attention_mask=seen,

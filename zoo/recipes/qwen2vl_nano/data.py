@@ -57,7 +57,9 @@ class Packer:
     """Turns questions and answers into one row of token ids, with segments, positions and what is scored."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.encode = lru_cache(maxsize=200_000)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
+        self.encode = lru_cache(maxsize=200_000)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+        )
         self.pad = tokenizer.token_to_id("<|endoftext|>")
 
     def turn(self, question: str, answer: str, follows: bool) -> tuple[list[int], int]:
@@ -66,7 +68,9 @@ class Packer:
         head = (*head, *self.encode("<|im_end|>\n<|im_start|>assistant\n"))
         return [*head, *self.encode(answer), *self.encode("<|im_end|>")], len(head)
 
-    def pack(self, rng: np.random.Generator, pictures: list[Picture], weights: dict[str, float], room: int) -> np.ndarray:
+    def pack(
+        self, rng: np.random.Generator, pictures: list[Picture], weights: dict[str, float], room: int
+    ) -> np.ndarray:
         """int16 [4, room]: tokens, segment, position, scored."""
         row = np.zeros((4, room), np.int16)
         row[0] = self.pad
@@ -158,7 +162,9 @@ def _work(seed: int, tokenizer: str, buffer: mmap.mmap, free: mp.Queue, full: mp
     odds /= odds.sum()
     while True:
         lone = rng.random() < 0.62
-        key: Key = (grids[int(rng.choice(len(grids), p=odds))],) if lone else pairs[int(rng.integers(len(pairs)))]
+        key: Key = (
+            (grids[int(rng.choice(len(grids), p=odds))],) if lone else pairs[int(rng.integers(len(pairs)))]
+        )
         shard = make_shard(rng, key, packer)
         slot = free.get()
         views = shard_views(buffer, slot, key)
@@ -179,7 +185,9 @@ class Feed:
             self.free.put(slot)
         self.workers = [
             context.Process(
-                target=_work, args=(seed * 1000 + i, str(tokenizer), self.buffer, self.free, self.full), daemon=True
+                target=_work,
+                args=(seed * 1000 + i, str(tokenizer), self.buffer, self.free, self.full),
+                daemon=True,
             )
             for i in range(workers)
         ]

@@ -34,7 +34,9 @@ def mean(scores: dict[str, float], kinds: tuple[str, ...]) -> float:
     return sum(chosen) / len(chosen) if chosen else float("nan")
 
 
-def report(scores: dict[str, float], blank: dict[str, float], options: argparse.Namespace) -> dict[str, object]:
+def report(
+    scores: dict[str, float], blank: dict[str, float], options: argparse.Namespace
+) -> dict[str, object]:
     return {
         "backend": options.backend,
         "per_kind": options.per_kind,
@@ -57,7 +59,10 @@ def table(result: dict) -> str:
         "| kind of question | right, % | blank picture, % |",
         "|---|---|---|",
     ]
-    lines += [f"| {kind} | {value:.1f} | {result['blank_kinds'][kind]:.1f} |" for kind, value in result["kinds"].items()]
+    lines += [
+        f"| {kind} | {value:.1f} | {result['blank_kinds'][kind]:.1f} |"
+        for kind, value in result["kinds"].items()
+    ]
     scenes = tuple(k for k in SCENE_KINDS if k in result["kinds"])
     lines += [
         f"| **scene kinds, macro-average ({len(scenes)})** | **{result['scene_macro_average']:.1f}** | "

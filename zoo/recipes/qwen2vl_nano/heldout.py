@@ -16,7 +16,10 @@ from .layouts import Picture, pair_of, picture
 from .pair_questions import PAIR
 from .questions import SINGLE, ask
 
-SCENE_KINDS = (*(kind for kind in SINGLE if kind != "digit"), *(kind for kind in PAIR if kind != "pair_digit"))
+SCENE_KINDS = (
+    *(kind for kind in SINGLE if kind != "digit"),
+    *(kind for kind in PAIR if kind != "pair_digit"),
+)
 DIGIT_KINDS = ("digit", "pair_digit")
 KINDS = (*SINGLE, *PAIR)
 SEED = 20_000
@@ -45,7 +48,9 @@ class Question:
 def _size(rng: np.random.Generator, theme: str, most: int) -> tuple[int, int]:
     while True:
         height, width = int(rng.integers(84, most + 1)), int(rng.integers(84, most + 1))
-        if max(height, width) <= 2.5 * min(height, width) and (width >= 140 or theme not in ("text", "mixed")):
+        if max(height, width) <= 2.5 * min(height, width) and (
+            width >= 140 or theme not in ("text", "mixed")
+        ):
             return height, width
 
 
@@ -107,6 +112,11 @@ def load(folder: Path) -> list[Question]:
     """A frozen sample, read back."""
     rows = json.loads((folder / "questions.json").read_text())
     return [
-        Question(r["kind"], tuple(Image.open(folder / n).convert("RGB") for n in r["images"]), r["question"], r["answer"])
+        Question(
+            r["kind"],
+            tuple(Image.open(folder / n).convert("RGB") for n in r["images"]),
+            r["question"],
+            r["answer"],
+        )
         for r in rows
     ]

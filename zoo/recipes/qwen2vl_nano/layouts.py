@@ -34,7 +34,11 @@ def _number(rng: np.random.Generator) -> str:
 
 
 def _free_spot(
-    rng: np.random.Generator, scene: Scene, width: float, height: float, taken: list[tuple[float, float, float, float]]
+    rng: np.random.Generator,
+    scene: Scene,
+    width: float,
+    height: float,
+    taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float] | None:
     """A centre where a box of this size fits inside the picture and overlaps nothing yet taken."""
     if width > scene.width or height > scene.height:
@@ -125,7 +129,9 @@ def picture(rng: np.random.Generator, theme: str, height: int, width: int, split
     return Picture(render(rng, scene, split), scene)
 
 
-def pair(rng: np.random.Generator, sizes: tuple[tuple[int, int], tuple[int, int]], split: str) -> tuple[str, list[Picture]]:
+def pair(
+    rng: np.random.Generator, sizes: tuple[tuple[int, int], tuple[int, int]], split: str
+) -> tuple[str, list[Picture]]:
     """Two pictures of one theme, which now and then agree in what is asked about; returns (theme, pictures)."""
     theme = ("shapes", "crowd", "text", "digit")[int(rng.choice(4, p=(0.36, 0.2, 0.26, 0.18)))]
     return theme, pair_of(rng, theme, sizes, split)

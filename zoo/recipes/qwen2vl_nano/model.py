@@ -44,7 +44,9 @@ def patchify(pixels: Tensor) -> Tensor:
     batch, channels, height, width = pixels.shape
     rows, columns = height // (PATCH * MERGE), width // (PATCH * MERGE)
     view = pixels.view(batch, channels, rows, MERGE, PATCH, columns, MERGE, PATCH)
-    return view.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, rows * columns * MERGE * MERGE, channels * PATCH * PATCH)
+    return view.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(
+        batch, rows * columns * MERGE * MERGE, channels * PATCH * PATCH
+    )
 
 
 class VisionBlock(nn.Module):
@@ -69,7 +71,9 @@ class Vision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         width, merged = C.VISION_WIDTH, C.VISION_WIDTH * MERGE * MERGE
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, width, (2, PATCH, PATCH), (2, PATCH, PATCH), bias=False)})
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv3d(3, width, (2, PATCH, PATCH), (2, PATCH, PATCH), bias=False)}
+        )
         self.blocks = nn.ModuleList(VisionBlock(width, C.VISION_HEADS) for _ in range(C.VISION_DEPTH))
         mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, C.HIDDEN))
         self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(width, 1e-6), "mlp": mlp})
@@ -78,8 +82,12 @@ class Vision(nn.Module):
         """Rotary cos and sin [N, head] of a grid of height x width cells."""
         side = C.VISION_WIDTH // C.VISION_HEADS // 2
         inverse = 10000.0 ** (-torch.arange(0, side, 2, device=device).float() / side)
-        rows = torch.arange(height * MERGE, device=device).view(height, 1, MERGE, 1).expand(-1, width, -1, MERGE)
-        columns = torch.arange(width * MERGE, device=device).view(1, width, 1, MERGE).expand(height, -1, MERGE, -1)
+        rows = (
+            torch.arange(height * MERGE, device=device).view(height, 1, MERGE, 1).expand(-1, width, -1, MERGE)
+        )
+        columns = (
+            torch.arange(width * MERGE, device=device).view(1, width, 1, MERGE).expand(height, -1, MERGE, -1)
+        )
         freqs = torch.stack((rows.reshape(-1), columns.reshape(-1)), -1)[..., None].float() * inverse
         freqs = freqs.flatten(1).repeat(1, 2)
         return freqs.cos(), freqs.sin()
@@ -99,7 +107,10 @@ class TextLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         size, head = C.HIDDEN, C.HIDDEN // C.HEADS
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(size, C.EPSILON), nn.RMSNorm(size, C.EPSILON)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(size, C.EPSILON),
+            nn.RMSNorm(size, C.EPSILON),
+        )
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": nn.Linear(size, C.HEADS * head),
@@ -146,7 +157,11 @@ class Nano(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel()
-                gain = 0.35 if name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")) else 0.9
+                gain = (
+                    0.35
+                    if name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
+                    else 0.9
+                )
                 nn.init.trunc_normal_(parameter, std=gain * fan_in**-0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -199,5 +214,7 @@ class Nano(nn.Module):
         """Weights by their names on the hub, rounded to bfloat16."""
         names = {}
         for name, tensor in self.state_dict().items():
-            names[name if name.startswith("visual.") else f"model.{name}"] = tensor.detach().to("cpu", torch.bfloat16)
+            names[name if name.startswith("visual.") else f"model.{name}"] = tensor.detach().to(
+                "cpu", torch.bfloat16
+            )
         return names

@@ -21,13 +21,23 @@ def more(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     thing = choose(rng, things)
     style = rng.random()
     if style < 0.45:
-        what, counts = plural(thing.shape), [sum(t.shape == thing.shape for t in s.things) for s in (first, second)]
+        what, counts = (
+            plural(thing.shape),
+            [sum(t.shape == thing.shape for t in s.things) for s in (first, second)],
+        )
     elif style < 0.7:
         what = f"{thing.colour} shapes"
         counts = [sum(t.colour == thing.colour for t in s.things) for s in (first, second)]
     else:
         what, counts = "shapes", [len(first.things), len(second.things)]
-    asked = pick(rng, ("Which image has more {}?", "Which picture has more {}?", "Where are there more {}, in the first or the second image?"))
+    asked = pick(
+        rng,
+        (
+            "Which image has more {}?",
+            "Which picture has more {}?",
+            "Where are there more {}, in the first or the second image?",
+        ),
+    )
     return asked.format(what), "same" if counts[0] == counts[1] else ORDER[counts[1] > counts[0]]
 
 
@@ -40,7 +50,9 @@ def same(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     if len(first.things) == 1 and len(second.things) == 1:
         kind = pick(rng, ("shape", "colour"))
         asked = pick(rng, ("Is it the same {} in both images?", "Do both pictures show the same {}?"))
-        return asked.format(kind), "yes" if getattr(first.things[0], kind) == getattr(second.things[0], kind) else "no"
+        return asked.format(kind), "yes" if getattr(first.things[0], kind) == getattr(
+            second.things[0], kind
+        ) else "no"
     return None
 
 
@@ -49,7 +61,14 @@ def read(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     for kind in ("word", "number"):
         mark = (first, second)[which].mark(kind)
         if mark:
-            asked = pick(rng, ("What {0} is in the {1} image?", "Read the {0} in the {1} picture.", "Which {0} does the {1} image show?"))
+            asked = pick(
+                rng,
+                (
+                    "What {0} is in the {1} image?",
+                    "Read the {0} in the {1} picture.",
+                    "Which {0} does the {1} image show?",
+                ),
+            )
             return asked.format(kind, ORDER[which]), mark.text
     return None
 
@@ -95,7 +114,9 @@ def only(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     lone = [name for name in names if name in mine - others]
     if len(lone) != 1:
         return None
-    asked = pick(rng, ("Which {} is only in the {} image?", "What {} is in the {} image but not in the other?"))
+    asked = pick(
+        rng, ("Which {} is only in the {} image?", "What {} is in the {} image but not in the other?")
+    )
     return asked.format(what, ORDER[which]), lone[0]
 
 

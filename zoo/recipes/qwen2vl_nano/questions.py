@@ -44,12 +44,23 @@ def count(rng: np.random.Generator, scene: Scene) -> Answered:
     if style < 0.4:
         what, number = plural(shape), sum(t.shape == shape for t in scene.things)
     elif style < 0.6:
-        what, number = f"{colour} {plural(shape)}", sum((t.shape, t.colour) == (shape, colour) for t in scene.things)
+        what, number = (
+            f"{colour} {plural(shape)}",
+            sum((t.shape, t.colour) == (shape, colour) for t in scene.things),
+        )
     elif style < 0.8:
         what, number = f"{colour} shapes", sum(t.colour == colour for t in scene.things)
     else:
         what, number = "shapes", len(scene.things)
-    asked = pick(rng, ("How many {} are there?", "How many {} can you see?", "Count the {}.", "How many {} are in the picture?"))
+    asked = pick(
+        rng,
+        (
+            "How many {} are there?",
+            "How many {} can you see?",
+            "Count the {}.",
+            "How many {} are in the picture?",
+        ),
+    )
     return asked.format(what), str(number)
 
 
@@ -60,7 +71,15 @@ def colour(rng: np.random.Generator, scene: Scene) -> Answered:
     if not lone or rng.random() < 0.06:
         absent = [name for name in SHAPES if name not in shapes]
         shape, answer = pick(rng, absent), "none"
-    asked = pick(rng, ("What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?", "What color is the {}?"))
+    asked = pick(
+        rng,
+        (
+            "What colour is the {}?",
+            "Which colour is the {}?",
+            "What is the colour of the {}?",
+            "What color is the {}?",
+        ),
+    )
     return asked.format(shape), answer
 
 
@@ -71,7 +90,10 @@ def shape(rng: np.random.Generator, scene: Scene) -> Answered:
     if not lone or rng.random() < 0.06:
         absent = [name for name in NAMES if name not in colours]
         colour_name, answer = pick(rng, absent), "none"
-    asked = pick(rng, ("What shape is {}?", "Which shape is {}?", "What shape is the {} thing?", "What is the {} shape?"))
+    asked = pick(
+        rng,
+        ("What shape is {}?", "Which shape is {}?", "What shape is the {} thing?", "What is the {} shape?"),
+    )
     return asked.format(colour_name), answer
 
 
@@ -81,7 +103,10 @@ def position(rng: np.random.Generator, scene: Scene) -> Answered:
     if not placed:
         return None
     thing, zone = placed[int(rng.integers(len(placed)))]
-    asked = pick(rng, ("Where is the {}?", "Where in the picture is the {}?", "In which part of the picture is the {}?"))
+    asked = pick(
+        rng,
+        ("Where is the {}?", "Where in the picture is the {}?", "In which part of the picture is the {}?"),
+    )
     return asked.format(refer(rng, scene, thing)), str(zone)
 
 
@@ -92,9 +117,14 @@ def biggest(rng: np.random.Generator, scene: Scene) -> Answered:
     large = things[-1].size > 1.25 * things[-2].size
     small = things[1].size > 1.25 * things[0].size
     if large and (not small or rng.random() < 0.5):
-        return pick(rng, ("Which shape is the biggest?", "What is the largest shape?", "Which is the biggest thing?")), things[-1].name
+        return pick(
+            rng, ("Which shape is the biggest?", "What is the largest shape?", "Which is the biggest thing?")
+        ), things[-1].name
     if small:
-        return pick(rng, ("Which shape is the smallest?", "What is the smallest shape?", "Which is the smallest thing?")), things[0].name
+        return pick(
+            rng,
+            ("Which shape is the smallest?", "What is the smallest shape?", "Which is the smallest thing?"),
+        ), things[0].name
     return None
 
 
@@ -133,7 +163,14 @@ def relation_where(rng: np.random.Generator, scene: Scene) -> Answered:
     if max(abs(dx), abs(dy)) < 1.6 * min(abs(dx), abs(dy)):
         return None
     answer = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-    asked = pick(rng, ("Where is the {} relative to the {}?", "On which side of the {1} is the {0}?", "Where is the {} seen from the {}?"))
+    asked = pick(
+        rng,
+        (
+            "Where is the {} relative to the {}?",
+            "On which side of the {1} is the {0}?",
+            "Where is the {} seen from the {}?",
+        ),
+    )
     asked = asked.replace("{}", "{0}", 1).replace("{}", "{1}", 1)
     return asked.format(refer(rng, scene, first), refer(rng, scene, second)), answer
 
@@ -162,9 +199,14 @@ def exists(rng: np.random.Generator, scene: Scene) -> Answered:
     if rng.random() < 0.3:
         what, held = shape_name, any(t.shape == shape_name for t in scene.things)
     else:
-        what, held = f"{colour_name} {shape_name}", any((t.shape, t.colour) == (shape_name, colour_name) for t in scene.things)
+        what, held = (
+            f"{colour_name} {shape_name}",
+            any((t.shape, t.colour) == (shape_name, colour_name) for t in scene.things),
+        )
     what = ("an " if what[0] in "aeiou" else "a ") + what
-    asked = pick(rng, ("Is there {}?", "Can you see {}?", "Is there {} in the picture?", "Does the picture show {}?"))
+    asked = pick(
+        rng, ("Is there {}?", "Can you see {}?", "Is there {} in the picture?", "Does the picture show {}?")
+    )
     return asked.format(what), "yes" if held else "no"
 
 
@@ -174,7 +216,15 @@ def listing(rng: np.random.Generator, scene: Scene) -> Answered:
         return None
     if any(b.x - a.x < 0.06 * scene.width + 2 for a, b in zip(things, things[1:], strict=False)):
         return None
-    asked = pick(rng, ("List the shapes from left to right.", "What is in the picture?", "Describe the picture.", "Name every shape, from left to right."))
+    asked = pick(
+        rng,
+        (
+            "List the shapes from left to right.",
+            "What is in the picture?",
+            "Describe the picture.",
+            "Name every shape, from left to right.",
+        ),
+    )
     return asked, ", ".join(thing.name for thing in things) or "nothing"
 
 
@@ -189,15 +239,46 @@ def word(rng: np.random.Generator, scene: Scene) -> Answered:
         which = int(rng.integers(2))
         asked = pick(rng, ("What is the {} word?", "Read the {} word.", "What does the {} word say?"))
         return asked.format(("upper", "lower")[which]), words[which].text
-    return _reading(rng, scene, "word", ("What word is written?", "What word is this?", "Read the word.", "Which word is printed in the picture?", "What does the picture say?"))
+    return _reading(
+        rng,
+        scene,
+        "word",
+        (
+            "What word is written?",
+            "What word is this?",
+            "Read the word.",
+            "Which word is printed in the picture?",
+            "What does the picture say?",
+        ),
+    )
 
 
 def number(rng: np.random.Generator, scene: Scene) -> Answered:
-    return _reading(rng, scene, "number", ("What number is written?", "What number is this?", "Read the number.", "Which number is printed in the picture?"))
+    return _reading(
+        rng,
+        scene,
+        "number",
+        (
+            "What number is written?",
+            "What number is this?",
+            "Read the number.",
+            "Which number is printed in the picture?",
+        ),
+    )
 
 
 def digit(rng: np.random.Generator, scene: Scene) -> Answered:
-    return _reading(rng, scene, "digit", ("Which digit is this?", "What digit is written by hand?", "Which handwritten digit is this?", "Read the handwritten digit."))
+    return _reading(
+        rng,
+        scene,
+        "digit",
+        (
+            "Which digit is this?",
+            "What digit is written by hand?",
+            "Which handwritten digit is this?",
+            "Read the handwritten digit.",
+        ),
+    )
 
 
 def ink(rng: np.random.Generator, scene: Scene) -> Answered:
@@ -205,7 +286,9 @@ def ink(rng: np.random.Generator, scene: Scene) -> Answered:
     if not marks:
         return None
     mark: Mark = marks[int(rng.integers(len(marks)))]
-    asked = pick(rng, ("What colour is the {}?", "In which colour is the {} written?", "What is the colour of the {}?"))
+    asked = pick(
+        rng, ("What colour is the {}?", "In which colour is the {} written?", "What is the colour of the {}?")
+    )
     return asked.format(mark.kind), mark.colour
 
 

@@ -28,7 +28,11 @@ WORDS = tuple(
     "morning summer winter storm snow rain wind fire light shadow silver gold market money open stop exit sale hello "
     "world".split()
 )
-ZONES = (("top left", "top", "top right"), ("left", "centre", "right"), ("bottom left", "bottom", "bottom right"))
+ZONES = (
+    ("top left", "top", "top right"),
+    ("left", "centre", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
 MASK_SIDE = 144
 DIGIT_STRIDE = 6  # every sixth handwritten digit of scikit-learn's set is held out
 
@@ -151,7 +155,9 @@ def shade(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def print_mark(rng: np.random.Generator, text: str, kind: str, room: tuple[float, float], split: str) -> Mark | None:
+def print_mark(
+    rng: np.random.Generator, text: str, kind: str, room: tuple[float, float], split: str
+) -> Mark | None:
     """Print a text in some font, as large as drawn by lot within `room` (width, height); None if too small."""
     paths = font_files(split)
     path = paths[int(rng.integers(len(paths)))]
@@ -175,7 +181,9 @@ def write_digit(rng: np.random.Generator, room: float, split: str) -> Mark:
     images, targets = _handwriting(split)
     index = int(rng.integers(len(targets)))
     side = int(rng.uniform(38, max(40, min(room, 150))))
-    glyph = Image.fromarray(np.pad(images[index], 1)).resize((side, int(side * rng.uniform(1.0, 1.25))), Image.BICUBIC)
+    glyph = Image.fromarray(np.pad(images[index], 1)).resize(
+        (side, int(side * rng.uniform(1.0, 1.25))), Image.BICUBIC
+    )
     shear, squeeze = rng.uniform(-0.18, 0.18), rng.uniform(0.9, 1.1)
     width, height = glyph.size
     matrix = (squeeze, shear, -shear * height / 2 + (1 - squeeze) * width / 2, 0.0, 1.0, 0.0)

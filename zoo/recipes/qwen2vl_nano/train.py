@@ -48,6 +48,9 @@ class Pool:
     def follow(self, feed: Feed) -> None:
         """Take shards from the workers for ever, copying on a stream of its own."""
         stream = torch.cuda.Stream() if self.device == "cuda" else None
+        if stream is not None:
+            with self.capturing, torch.cuda.stream(stream):
+                reserve(self.budget + (2 << 30))
         while True:
             slot, shard = feed.get()
             with self.capturing, torch.cuda.stream(stream):
@@ -73,7 +76,9 @@ class Pool:
         """`count` shards of one key, of those least used so far."""
         while True:
             with self.lock:
-                keys = [key for key, held in self.shards.items() if len(key) == pictures and len(held) >= count]
+                keys = [
+                    key for key, held in self.shards.items() if len(key) == pictures and len(held) >= count
+                ]
                 if keys:
                     odds = np.array([sum(1 / (1 + h.uses) ** 2 for h in self.shards[key]) for key in keys])
                     key = keys[int(rng.choice(len(keys), p=odds / odds.sum()))]
@@ -90,7 +95,9 @@ class FlatAdamW:
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, decay: float) -> None:
         parameters = list(model.parameters())
         self.master = torch.cat([p.detach().float().flatten() for p in parameters])
-        self.decay = torch.cat([torch.full((p.numel(),), decay * (p.ndim > 1), device=p.device) for p in parameters])
+        self.decay = torch.cat(
+            [torch.full((p.numel(),), decay * (p.ndim > 1), device=p.device) for p in parameters]
+        )
         self.work = self.master.to(dtype)
         self.grad = torch.zeros_like(self.work)
         self.mean, self.square = torch.zeros_like(self.master), torch.zeros_like(self.master)
@@ -153,7 +160,9 @@ class Batch:
         packs = F.pad(self.packs.long(), (0, -(sum(len(p) for p in self.prompt) + cells) % 8))
         turns = Turns(packs[:, 0], packs[:, 1], packs[:, 2], packs[:, 3])
         dtype = self.model.embed_tokens.weight.dtype
-        logits = self.model([augment(p, self.norm, dtype) for p in self.pixels], self.prompt, turns)[:, :-1].float()
+        logits = self.model([augment(p, self.norm, dtype) for p in self.pixels], self.prompt, turns)[
+            :, :-1
+        ].float()
         scored = turns.scored[:, 1:] > 0
         target = torch.where(scored, turns.tokens[:, 1:], -100)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -210,7 +219,11 @@ def prompts(tokenizer: Tokenizer, device: str) -> dict[tuple[int, bool], list[Te
     for pictures in (1, 2):
         for system in (False, True):
             start = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" if system else ""
-            texts = [start + "<|im_start|>user\n<|vision_start|>", *["<|vision_end|><|vision_start|>"] * (pictures - 1), "<|vision_end|>"]
+            texts = [
+                start + "<|im_start|>user\n<|vision_start|>",
+                *["<|vision_end|><|vision_start|>"] * (pictures - 1),
+                "<|vision_end|>",
+            ]
             table[pictures, system] = [torch.tensor(tokenizer.encode(t).ids, device=device) for t in texts]
     return table
 
@@ -222,14 +235,15 @@ def rate_at(share: float, peak: float, warm: float = 0.02) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warm) / (1 - warm))))
 
 
-def reserve(gigabytes: int) -> None:
-    """Give the caching allocator its memory in one piece: every batch has new shapes, and cudaMalloc is slow."""
-    free = torch.cuda.mem_get_info()[0]
-    block = torch.empty(min(gigabytes << 30, free - (2 << 30)), dtype=torch.uint8, device="cuda")
+def reserve(size: int) -> None:
+    """Give the current stream's allocator its memory in one piece: asking the driver for each shard is slow."""
+    block = torch.empty(size, dtype=torch.uint8, device="cuda")
     del block
 
 
-def run(model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float) -> FlatAdamW:
+def run(
+    model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float
+) -> FlatAdamW:
     """Train until the clock says stop."""
     optimiser = FlatAdamW(model, torch.bfloat16 if options.device == "cuda" else torch.float32, options.decay)
     pool = Pool(options.device, options.pool_gb << 30)
@@ -259,7 +273,9 @@ def run(model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seconds", type=float, default=540, help="wall clock from start to the end of training")
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="wall clock from start to the end of training"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--shards", type=int, default=2, help="shards of 64 pictures in a batch")
@@ -282,15 +298,21 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     model = Nano(tokenizer.get_vocab_size())
     if options.resume:
-        model.load_state_dict({k: v for part in sorted(options.resume.glob("*.safetensors")) for k, v in load_file(part).items()})
+        model.load_state_dict(
+            {
+                k: v
+                for part in sorted(options.resume.glob("*.safetensors"))
+                for k, v in load_file(part).items()
+            }
+        )
     model.to(options.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, which takes longer than it saves
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it plans anew for every shape, which takes longer than it saves
     if options.compile:
         torch._dynamo.config.cache_size_limit = 64
         for block in (*model.visual.blocks, *model.layers):
             block.compile(dynamic=True)
-    if options.device == "cuda":
-        reserve(options.pool_gb + 4)
     optimiser = run(model, tokenizer, feed, options, begun)
     feed.close()
     finish(model, optimiser, tokenizer, options)
@@ -308,7 +330,9 @@ def finish(model: Nano, optimiser: FlatAdamW, tokenizer: Tokenizer, options: arg
         state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
         names = sorted(state)
         for part in range(2):
-            save_file({name: state[name] for name in names[part::2]}, options.state / f"state{part}.safetensors")
+            save_file(
+                {name: state[name] for name in names[part::2]}, options.state / f"state{part}.safetensors"
+            )
     print(f"saved after {optimiser.steps} steps to {options.out}", flush=True)
 
 

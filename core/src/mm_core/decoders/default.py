@@ -30,9 +30,7 @@ def mm_decoder(family: str, checkpoint: Checkpoint) -> DecoderSpec | None:  # no
         return None
     from mm_core.decoders.llama import LlamaConfig, LlamaDecoder, llama_weight_map
 
-    # transformers ties where either place says so
-    tied = any(config.get("tie_word_embeddings", False) for config in (text_config, checkpoint.config))
-    config = LlamaConfig.from_text_config(text_config, tied=bool(tied))
+    config = LlamaConfig.from_text_config(text_config)
     return DecoderSpec(
         build=partial(LlamaDecoder, config),
         weight_map=llama_weight_map(tied=config.tied),

@@ -237,8 +237,8 @@ class LlamaDecoder(nn.Module):
             return self.packed_head.linear(hidden, None)
         return F.linear(hidden, self.embed_tokens.weight)
 
-    def pack_(self) -> None:
-        """See `layers.pack_linears_`: a tied head gets a packed copy, the embedding stays."""
+    def finish_loading(self) -> None:
+        """Pack a tied head for the CPU: a copy, because the embedding needs the plain rows."""
         if self.lm_head is None:
             self.packed_head = pack(self.embed_tokens.weight)
 
@@ -257,17 +257,14 @@ def llama_weight_map(prefixes: tuple[str, ...] = PREFIXES, *, tied: bool = False
     """Names of LlamaDecoder's tensors below any of `prefixes` (each ends with a dot).
 
     `lm_head.` is looked for beside the decoder: at the top and beside a last `model.` segment.
-    tied: the checkpoint's `lm_head.weight`, where it has one, repeats the embedding and is skipped.
+    tied: the checkpoint's `lm_head.weight`, where it has one, repeats the embedding.
     """
     body = "|".join(re.escape(p) for p in prefixes)
     heads = {"lm_head.", *(p.removesuffix("model.") + "lm_head." for p in prefixes if p.endswith(".model."))}
-    head = f"(?:{'|'.join(re.escape(h) for h in sorted(heads))})"
-    rename = [(f"(?:{body})(?=(?:embed_tokens|layers|norm)\\.)", "")]
-    if not tied:
-        rename.append((head, "lm_head."))
+    head = "|".join(re.escape(h) for h in sorted(heads))
     return WeightMap(
-        rename=tuple(rename),
+        rename=((f"(?:{body})(?=(?:embed_tokens|layers|norm)\\.)", ""), (f"(?:{head})", "lm_head.")),
         fused=_FUSED,
-        ignore=(r".*rotary_emb\.inv_freq$", *((head,) if tied else ())),
+        ignore=(r".*rotary_emb\.inv_freq$",),
         tied={"lm_head.weight": "embed_tokens.weight"} if tied else {},
     )

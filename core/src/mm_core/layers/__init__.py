@@ -10,7 +10,7 @@ from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
 from mm_core.layers.mlp import GatedMLP
 from mm_core.layers.norm import LayerNorm, RMSNorm
-from mm_core.layers.packing import PackedWeight, pack, pack_linears_
+from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
 from mm_core.layers.rotary import MROPE_SLACK, RopeConfig, RotaryEmbedding, rope_inv_freq
 
@@ -30,6 +30,5 @@ __all__ = [
     "RotaryEmbedding",
     "empty_parameter",
     "pack",
-    "pack_linears_",
     "rope_inv_freq",
 ]

@@ -37,8 +37,8 @@ class Linear(nn.Module):
             return self.packed.linear(x, self.bias)
         return F.linear(x, self.weight, self.bias)
 
-    def pack_(self) -> None:
-        """See `packing.pack_linears_`; the plain weight is dropped."""
+    def finish_loading(self) -> None:
+        """Pack the loaded weight where that is faster (on a CPU); the plain one is dropped then."""
         if self.packed is None and (packed := pack(self.weight)) is not None:
             self.packed = packed
             self.weight.data = self.weight.data.new_empty(0)

@@ -1,28 +1,17 @@
 """Weights reordered once for the CPU's matrix kernels.
 
 oneDNN multiplies small batches by a weight in its own blocked layout up to twice as fast as by a
-plain one, because nothing is repacked at every call. On other devices, in other dtypes and for
-small weights nothing happens.
+plain one, because nothing is repacked at every call. Modules pack in `finish_loading()`, which the
+engine calls on every module once the weights are there.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Below this, the call's fixed cost (about 12 µs) outweighs the faster product
 MIN_ELEMENTS = 2**17
-
-
-@runtime_checkable
-class Packable(Protocol):
-    """A module that knows how to pack its own weights."""
-
-    def pack_(self) -> None:
-        """Replace weights by packed ones, in place, once."""
-        ...
 
 
 class PackedWeight:
@@ -47,13 +36,3 @@ def pack(weight: Tensor) -> PackedWeight | None:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
     return PackedWeight(weight) if packable else None
-
-
-def pack_linears_(module: nn.Module) -> None:
-    """Pack the projections of a loaded module for inference on the CPU.
-
-    Plain weights are dropped as they are packed, so this comes after loading and is final.
-    """
-    for part in module.modules():
-        if isinstance(part, Packable):
-            part.pack_()

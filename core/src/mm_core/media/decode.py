@@ -68,12 +68,15 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
         raise MediaError(f"There is no file {shown}. Check the path, or pass the file's bytes.") from None
     except (OSError, ValueError) as error:
         raise MediaError(f"The file {shown} cannot be opened. Check its permissions, or pass its bytes.") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise MediaError(f"{shown} is not a regular file. Pass the path of an image, video or audio file.")
         _check_bytes(status.st_size, limit)
-        data = file.read(limit + 1)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(limit + 1)  # the file may have grown meanwhile
+    finally:
+        os.close(handle)
     _check_bytes(len(data), limit)
     return data
 

@@ -29,7 +29,7 @@ def image_size(data: bytes, kind: str) -> tuple[int, int] | None:
     A ceiling checked on this pair is checked before a decoder may take memory for the picture.
     """
     match kind:
-        case "PNG" if len(data) >= 24:
+        case "PNG" if len(data) >= 24 and data[12:16] == b"IHDR":
             return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
         case "GIF" if len(data) >= 10:
             return int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
