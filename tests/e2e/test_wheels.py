@@ -88,6 +88,14 @@ def test_run_answers_with_the_zoo_model(installed, tmp_path):
     image = Image.new("RGB", (112, 112), "white")
     ImageDraw.Draw(image).ellipse((30, 30, 80, 80), fill="red")
     image.save(tmp_path / "red.png")
-    command = [installed / "mm", "run", "What colour is the circle?", "--image", tmp_path / "red.png", "--max-tokens", "16"]
+    command = [
+        installed / "mm",
+        "run",
+        "What colour is the circle?",
+        "--image",
+        tmp_path / "red.png",
+        "--max-tokens",
+        "16",
+    ]
     answer = call(*command, cwd=tmp_path, MM_ZOO=str(ROOT / "zoo"))
     assert "red" in answer.lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -287,7 +288,7 @@ def test_hub_progress_is_shown(tmp_path):
         ("org/gated", "", {}, "is gated. Accept its terms"),
         ("org/model", "", {"HF_HUB_OFFLINE": "1"}, "cannot be reached"),
         ("org/model", "", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-        ("org/model", "", {"HF_HOME": "/proc/nowhere"}, ""),
+        ("org/model", "", {"HF_HOME": "/proc/nowhere"}, "/proc/nowhere"),
     ],
 )
 def test_hub_errors_say_what_to_do(tmp_path, name, revision, env, says):
@@ -296,6 +297,25 @@ def test_hub_errors_say_what_to_do(tmp_path, name, revision, env, says):
     assert done.returncode == 1, done.stderr
     assert says in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk. Free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "no permission"),
+        (RuntimeError("odd\nsecond line"), r"could not be downloaded \(RuntimeError: odd\)\. Try again"),
+    ],
+)
+def test_faults_of_this_machine(monkeypatch, fault, says):
+    import huggingface_hub
+
+    def fail(*what, **more):
+        raise fault
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint("org/model")
 
 
 def test_errors_belong_to_the_tree():

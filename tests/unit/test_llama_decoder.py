@@ -218,6 +218,20 @@ def test_a_window_that_would_matter_is_refused() -> None:
     LlamaDecoder(config, BuildContext(torch.device("cpu"), torch.float32, 64))
 
 
+@pytest.mark.parametrize(
+    ("settings", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen2", "sliding_window": 64}, None),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, 64),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3}, None),
+        ({"model_type": "llama", "sliding_window": 64, "layer_types": ["full_attention"] * 3}, None),
+    ],
+)
+def test_a_window_counts_where_a_layer_uses_it(settings: dict[str, object], window: int | None) -> None:
+    assert LlamaConfig.from_text_config({**SIZES, **settings}).sliding_window == window
+
+
 def test_rope_types_that_are_not_built_are_named() -> None:
     with pytest.raises(ConfigError, match="'yarn'"):
         rope_inv_freq(RopeConfig.from_text_config({"rope_scaling": {"type": "yarn", "factor": 4.0}}), 32)

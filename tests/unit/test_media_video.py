@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import math
+import struct
 import sys
 import time
 from pathlib import Path
@@ -107,6 +108,15 @@ def test_only_sampled_frames_are_kept(kind: str) -> None:
 
 def test_one_frame_is_enough() -> None:
     assert decode_video(clip(1), VideoSampling()).frames.shape[0] == 1
+
+
+def test_rotation_is_applied() -> None:
+    """A phone held upright: the display matrix says a quarter turn clockwise."""
+    data = bytearray(clip())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    plain, turned = (decode_video(d, VideoSampling()).frames for d in (clip(), bytes(data)))
+    assert np.array_equal(turned, np.rot90(plain, -1, axes=(1, 2)))
 
 
 def test_damaged_videos() -> None:

@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{% if p['type'] in ('image', 'video') %}<|vision_start|><|{{ p['type'] }}_pad|>"
     "<|vision_end|>{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -44,7 +44,11 @@ class StubProcessor:
         return int(self.tokenizer.convert_tokens_to_ids(PADS[modality]))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), chat_template=TEMPLATE, tokenize=False))
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def accepts_verbatim(self, prompt: str, counts: Mapping[str, int]) -> bool:
         return self.verbatim
@@ -194,6 +198,27 @@ def test_a_typed_placeholder_beside_a_real_image(processor: StubProcessor, rende
     assert ids.count(processor.placeholder_id("image")) == 1
 
 
+def test_placeholders_that_are_not_special_tokens() -> None:
+    class Plain(StubProcessor):
+        """As families whose tokenizer adds the placeholder as an ordinary token."""
+
+        modalities = ("image",)  # type: ignore[assignment]
+
+        def placeholder(self, modality: str) -> str:
+            return "<image>"
+
+    processor = Plain()
+    processor.tokenizer.add_tokens(["<image>", "<note>"])
+    pad, note = processor.tokenizer.convert_tokens_to_ids(["<image>", "<note>"])
+    processor.placeholder_id = lambda modality: pad  # type: ignore[method-assign]
+    renderer = PromptRenderer(processor, "stub", 500, 500)
+    ids = renderer.render(given([{"role": "user", "content": "a <image> b <note> c <|im_end|>"}]), None)
+    assert pad not in ids
+    assert ids.count(note) == 1
+    assert len(specials(ids, processor.tokenizer)) == 3
+    assert renderer.render(given(TextPrompt(prompt="<image>", multi_modal_data={"image": "a"})), None) == [pad]
+
+
 def test_placeholders_expand_in_order(processor: StubProcessor, renderer: PromptRenderer) -> None:
     pads = {m: processor.placeholder_id(m) for m in PADS}
     features = [MediaFeature(m, n, {}) for m, n in (("image", 3), ("video", 2), ("image", 1))]
@@ -236,8 +261,10 @@ def test_expansion_is_linear(processor: StubProcessor, renderer: PromptRenderer)
 
 BAD_MESSAGES: list[Any] = [
     [], ["hello"], [{"role": "user"}], [{"role": "robot", "content": "x"}], [{"role": "user", "content": None}],
-    [{"role": "user", "content": []}], [{"role": "user", "content": "x", "tool_calls": []}], [{"role": "user", "content": [3]}],
-    [{"role": "user", "content": [{"type": "picture", "picture": "a"}]}], [{"role": "user", "content": [{"text": "a"}]}],
+    [{"role": "user", "content": []}], [{"role": "user", "content": "x", "tool_calls": []}],
+    [{"role": "user", "content": [3]}],
+    [{"role": "user", "content": [{"type": "picture", "picture": "a"}]}],
+    [{"role": "user", "content": [{"text": "a"}]}],
     [{"role": "user", "content": [{"type": "text", "text": 3}]}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": None}]}],

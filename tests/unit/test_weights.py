@@ -291,6 +291,20 @@ def test_progress_bar_only_for_slow_loads(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_progress_bar_for_slow_loads(tmp_path, capsys, monkeypatch):
+    import time
+
+    from mm_core.checkpoint import weights
+
+    read = weights._read
+    monkeypatch.setattr(weights, "_read", lambda *what: (time.sleep(0.3) or pair for pair in read(*what)))
+    found = checkpoint(tmp_path / "m", tensors())
+    load_weights(found, [(Model(), MAP)], show_progress=True)
+    assert "Loading weights: " in capsys.readouterr().err
+    load_weights(found, [(Model(), MAP)], show_progress=False)
+    assert capsys.readouterr().err == ""
+
+
 # --- random weights
 
 

@@ -122,7 +122,7 @@ def _explain(name: str, revision: str | None, error: Exception) -> CheckpointErr
             "was not found on the hub, and there is no such directory. Check the spelling; for a private "
             "repository log in with `hf auth login` (or set HF_TOKEN)."
         )
-    elif isinstance(error, hub.LocalEntryNotFoundError | hub.IncompleteSnapshotError | hub.OfflineModeIsEnabled):
+    elif isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
         text = (
             "is not (completely) in the local cache and the hub cannot be reached. Check the network and "
             "HF_HUB_OFFLINE, or give the directory of a local copy."

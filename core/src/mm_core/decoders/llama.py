@@ -140,8 +140,12 @@ class LlamaConfig:
 
 
 def _window(text_config: Mapping[str, Any], values: Mapping[str, Any], qwen2: bool) -> int | None:
-    """The sliding window where one is enabled: Qwen2 names one even where it is off."""
-    if qwen2 and not text_config.get("use_sliding_window", False):
+    """The sliding window where a layer uses it: Qwen2 names one even where it is off."""
+    layers = text_config.get("layer_types")
+    first = text_config.get("max_window_layers") or 0  # Qwen2: layers below it see everything
+    if qwen2 and (not text_config.get("use_sliding_window", False) or first >= values["num_hidden_layers"]):
+        return None
+    if layers is not None and "sliding_attention" not in layers:
         return None
     window: int | None = values["sliding_window"]
     return window

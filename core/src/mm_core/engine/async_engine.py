@@ -69,7 +69,11 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(updates.put_nowait, update)
 
         request_id = self._frontend.add(
-            prompt, params or SamplingParams(), listener, stream=stream, apply_chat_template=apply_chat_template
+            prompt,
+            SamplingParams() if params is None else params,
+            listener,
+            stream=stream,
+            apply_chat_template=apply_chat_template,
         )
         try:
             while True:

@@ -103,7 +103,7 @@ class Engine:
         updates: queue.SimpleQueue[RequestOutput | MMError] = queue.SimpleQueue()
         request_id = self._frontend.add(
             prompt,
-            sampling_params or SamplingParams(),
+            SamplingParams() if sampling_params is None else sampling_params,
             updates.put,
             stream=True,
             apply_chat_template=apply_chat_template,
@@ -196,7 +196,7 @@ class Engine:
 def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | TextPrompt | Mapping):
         return [prompts]
-    if isinstance(prompts, Sequence) and prompts:
+    if isinstance(prompts, Sequence) and prompts and not isinstance(prompts, bytes | bytearray | memoryview):
         return list(prompts)
     raise InvalidPromptError(
         f"generate() takes a str, a TextPrompt, a dict with its keys, or a non-empty list of these; "

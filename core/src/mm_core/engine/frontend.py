@@ -14,7 +14,7 @@ from mm_core.engine.core import CoreThread
 from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
 from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
 from mm_core.engine.output import RequestText
-from mm_core.errors import EngineClosedError, EngineError, MMError, RequestAbortedError
+from mm_core.errors import EngineClosedError, EngineError, InvalidParamsError, MMError, RequestAbortedError
 from mm_core.types import PreparedRequest, RequestOutput, Usage
 
 Listener = Callable[[RequestOutput | MMError], None]
@@ -63,14 +63,25 @@ class Frontend:
         stream: bool = False,
         apply_chat_template: bool | None = None,
     ) -> str:
-        """Start a request; returns its id. A request that is refused ends through its listener."""
+        """Start a request; returns its id. A request that is refused ends through its listener.
+
+        Raises EngineClosedError, and InvalidParamsError where `params` is no SamplingParams.
+        """
+        if not isinstance(params, SamplingParams):
+            raise InvalidParamsError(
+                f"sampling_params is a {type(params).__name__}; give SamplingParams(...).", param="sampling_params"
+            )
         request_id = f"req-{next(self._ids)}"
         live = _Live(listener, stream)
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
             self._live[request_id] = live
-        future = self.pipeline.submit(request_id, prompt, params, apply_chat_template)
+        try:
+            future = self.pipeline.submit(request_id, prompt, params, apply_chat_template)
+        except EngineClosedError:  # closed since the look above
+            self._live.pop(request_id, None)
+            raise
         live.preparing = future
         future.add_done_callback(lambda done: self._on_prepared(request_id, done))
         return request_id
@@ -109,8 +120,9 @@ class Frontend:
             return
         if live.preparing is not None:
             live.preparing.cancel()
-        self._thread.send(Abort(request_id))
+        # First forgotten, then aborted: a request that is prepared just now is not submitted behind its abort.
         self._end(request_id, RequestAbortedError("The request was aborted."))
+        self._thread.send(Abort(request_id))
 
     def _end(self, request_id: str, result: RequestOutput | MMError) -> None:
         with self._lock:

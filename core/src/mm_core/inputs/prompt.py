@@ -6,7 +6,6 @@ prompt through the chat template only, however the text around it is spelt.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -162,11 +161,21 @@ class PromptRenderer:
             )
             error.code = "invalid_unicode"
             raise error from None
-        if nbytes > self._max_model_len * self._longest_token:
+        if nbytes > self._max_model_len * self._longest_token or self._is_long(text):
             raise ContextLengthError(
                 f"The text has {nbytes} bytes; the model's context is {self._max_model_len} tokens. Shorten it.",
                 param="prompt",
             )
+
+    def _is_long(self, text: str) -> bool:
+        """Whether a beginning of a very long text is too long already; spares tokenizing all of it."""
+        size = 8 * self._max_model_len
+        while size < len(text):
+            # A cut may split a token or two, never hundreds.
+            if len(self._backend.encode(text[:size], add_special_tokens=False).ids) > self._max_model_len + 256:
+                return True
+            size *= 4
+        return False
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ids:
         ids: Ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -271,13 +280,15 @@ def _backend_of(tokenizer: Any) -> Any:
 def _literal_backend(backend: Any, placeholders: set[str]) -> tuple[Any, dict[str, int]]:
     """A copy of the backend to which special tokens and placeholders are plain text, and those
     spellings with their ids."""
-    settings = json.loads(backend.to_str())
-    added = settings.get("added_tokens", [])
-    controls = {t["content"]: int(t["id"]) for t in added if t["special"] or t["content"] in placeholders}
-    settings["added_tokens"] = [t for t in added if t["content"] not in controls]
-    settings["truncation"] = settings["padding"] = None
-    literal = type(backend).from_str(json.dumps(settings))
-    literal.encode_special_tokens = True
+    from tokenizers import AddedToken
+
+    added = backend.get_added_tokens_decoder()
+    controls = {token.content: int(i) for i, token in added.items() if token.special or token.content in placeholders}
+    literal = type(backend).from_str(backend.to_str())
+    literal.no_truncation()
+    literal.no_padding()
+    literal.add_special_tokens([AddedToken(content, special=True) for content in controls])
+    literal.encode_special_tokens = True  # special ones are then plain text
     return literal, controls
 
 

@@ -204,8 +204,7 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, caus
     q_len, kv_len = q.shape[0], k.shape[0]
     hidden = max(0, q_len - kv_len) if causal else 0
     out[:hidden] = 0  # queries before the first key
-    heads_first = (x.transpose(0, 1)[None] for x in (k, v))
-    keys, values = heads_first
+    keys, values = (x.transpose(0, 1)[None] for x in (k, v))  # [1, Hkv, N, D]
     grouped = q.shape[1] != k.shape[1]
     if bias is None and (not causal or q_len - hidden == kv_len):
         whole = F.scaled_dot_product_attention(

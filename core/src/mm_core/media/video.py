@@ -166,7 +166,7 @@ def _scan(data: bytes, demuxer: str, limits: MediaLimits) -> tuple[int, float]:
     """Number of frames, counted and not believed, and frames a second; decodes nothing."""
     import av
 
-    with av.open(io.BytesIO(data), format=demuxer) as container:
+    with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
         if not container.streams.video:
             raise MediaDecodeError("The file has no video stream. Send a file with pictures in it.", code=INVALID)
         stream = container.streams.video[0]
@@ -195,7 +195,7 @@ def _pick(
     import av
 
     wanted, frames, seen = set(indices), [], 0
-    with av.open(io.BytesIO(data), format=demuxer) as container:
+    with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
         for frame in container.decode(video=0):
             if seen in wanted:
                 check_frames(len(indices), frame.width, frame.height, limits)

@@ -171,14 +171,15 @@ class DecodeTiles(NamedTuple):
     stages: int
 
 
-def decode_tiles(dtype: torch.dtype, head_size: int, rows: int) -> DecodeTiles:
+def decode_tiles(dtype: torch.dtype, head_size: int, rows: int, busy: bool) -> DecodeTiles:
     """Fixed by shape: enough bytes in flight for the memory's latency. Measured on one H100.
 
-    rows: query heads of one key head, padded.
+    rows: query heads of one key head, padded. busy: many more programs than run at once; small ones then keep
+    all multiprocessors loading, while few programs are sooner done with wide steps.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or head_size > 128:
         return DecodeTiles(32, 4, 2)
-    return DecodeTiles(32, 2 if rows <= 32 else 4, 4 if head_size <= 128 else 2)
+    return DecodeTiles(32, 2, 4) if busy and rows <= 32 else DecodeTiles(64, 4, 3)
 
 
 def decode(
@@ -207,7 +208,8 @@ def decode(
         return
     group = num_heads // num_kv_heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    splits = num_splits or num_decode_splits(num_seqs * num_kv_heads, max_kv_len, processors)
+    programs = num_seqs * num_kv_heads
+    splits = num_splits or num_decode_splits(programs, max_kv_len, processors)
     partial, lse = out, out
     if splits > 1:
         partial = torch.empty((num_seqs, num_heads, splits, head_size), dtype=torch.float32, device=q.device)
@@ -216,7 +218,7 @@ def decode(
     unit = stride_unit(strides)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
     rows = max(16, triton.next_power_of_2(group))
-    size = tiles or decode_tiles(q.dtype, head_size, rows)
+    size = tiles or decode_tiles(q.dtype, head_size, rows, programs >= 8 * processors)
     decode_kernel[(num_kv_heads, num_seqs, splits)](
         partial, lse, q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens,
         q if bias is None else bias, splits, scale * LOG2_E,

@@ -3,7 +3,7 @@
 """Attention of many query tokens per sequence, over paged or packed keys."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -201,7 +201,10 @@ def prefill(
     num_seqs = cu_seqlens_q.shape[0] - 1
     if num_tokens == 0 or num_seqs == 0:
         return
-    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else ROOMY
+    memory = ROOMY
+    if q.is_cuda:
+        properties: Any = torch.cuda.get_device_properties(q.device)  # torch's stubs lack the attribute
+        memory = properties.shared_memory_per_block_optin
     size = tiles or prefill_tiles(
         q.dtype, head_size, max_q_len * group, group, has_bias=bias is not None, shared_memory=memory
     )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_PER_PROGRAM = 8
+HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
@@ -71,13 +71,19 @@ def rope_kernel(
         rotate(k_ptr + token * stride_kt, heads, num_k_heads, stride_kh, cos, sin, HALF, BLOCK_HALF)
 
 
+def rope_launch(num_heads: int, half: int) -> tuple[int, int]:
+    """Heads and warps of one program."""
+    block_h = min(HEADS_PER_PROGRAM, triton.next_power_of_2(num_heads))
+    return block_h, max(1, min(8, block_h * triton.next_power_of_2(half) // 256))
+
+
 def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, axis_of_freq: Tensor | None
 ) -> None:
     num_tokens, half = q.shape[0], cos.shape[1]
     if num_tokens == 0:
         return
-    block_h = min(HEADS_PER_PROGRAM, triton.next_power_of_2(max(q.shape[1], k.shape[1])))
+    block_h, warps = rope_launch(max(q.shape[1], k.shape[1]), half)
     parts = triton.cdiv(q.shape[1], block_h) + triton.cdiv(k.shape[1], block_h)
     axes = positions is not None and axis_of_freq is not None and positions.dim() == 2
     strides = (0, 0)
@@ -87,8 +93,7 @@ def _launch(
         q, k, cos, sin, cos if positions is None else positions, axis_of_freq if axes else cos,
         q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0), *strides,
         HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_H=block_h,
-        TABLE=positions is not None, AXES=axes,
-        num_warps=max(1, min(8, block_h * half // 256)), enable_fp_fusion=True,
+        TABLE=positions is not None, AXES=axes, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""The engine on a real GPU: parity in fp32, bf16 against fp32, and Qwen2-VL-7B at its real size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.pictures import frames, picture
+from support.real_size import make_dummy_qwen2vl
+from support.reference import Reference
+from support.tiny import make_tiny_qwen2vl
+from support.video import reference_video
+
+from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=4)
+
+
+def jobs() -> list[tuple[str, list, list]]:
+    return [
+        ("The quick brown fox jumps over the", [], []),
+        (f"<|im_start|>user\n{IMAGE}Describe this image.", [picture(1, 150, 100)], []),
+        (f"<|im_start|>user\n{IMAGE}{IMAGE}Both?", [picture(2, 60, 90), picture(3, 300, 80)], []),
+        (f"{VIDEO}What is there to see", [], [frames(4, 5)]),
+    ]
+
+
+def as_prompt(text: str, images: list, clips: list) -> TextPrompt:
+    data = {"image": images, "video": [{"frames": c, "fps": 2.0} for c in clips]}
+    return TextPrompt(prompt=text, multi_modal_data={k: v for k, v in data.items() if v})
+
+
+@pytest.mark.parametrize("version", ["2", "2.5"])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}])  # fmt: skip
+def test_fp32_tokens_equal_transformers(tmp_path: Path, version: str, sizes: dict) -> None:
+    path = make_tiny_qwen2vl(tmp_path, version=version, **sizes)
+    reference = Reference(path)
+    wanted = []
+    for text, images, clips in jobs():
+        videos = [reference_video(c, fps=2.0) for c in clips]
+        # An ended reference proves less: compare as far as it goes.
+        wanted.append(reference.generate(text, images, videos, max_tokens=24))
+    kv = KvCacheConfig(num_blocks=512)
+    with Engine.from_pretrained(path, dtype="float32", kv_cache_config=kv, max_num_batched_tokens=64) as engine:
+        for _ in range(2):  # cold, then reused
+            outputs = engine.generate([as_prompt(*j) for j in jobs()], GREEDY)
+            for output, answer in zip(outputs, wanted, strict=True):
+                assert list(output.prompt_token_ids) == answer.prompt_ids
+                assert list(output.token_ids)[: len(answer.token_ids)] == answer.token_ids
+                expected = torch.log_softmax(answer.logits[0].float(), -1)
+                for token, entry in output.logprobs[0].items():
+                    assert abs(entry.logprob - float(expected[token])) < 5e-4
+        assert engine.stats()["partial_prefills"] > 0
+        assert outputs[1].usage.cached_tokens > 0
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
+    """bf16 rounds: never gated on tokens, only on how far its log-probabilities are from fp32's."""
+    path = make_tiny_qwen2vl(tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
+                             rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})  # fmt: skip
+    first = SamplingParams(max_tokens=1, temperature=0, logprobs=64)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        kv = KvCacheConfig(num_blocks=512)
+        with Engine.from_pretrained(path, dtype=dtype, kv_cache_config=kv) as engine:
+            found[dtype] = [o.logprobs[0] for o in engine.generate([as_prompt(*j) for j in jobs()], first)]
+    errors = []
+    for exact, rounded in zip(found["float32"], found["bfloat16"], strict=True):
+        common = exact.keys() & rounded.keys()
+        assert len(common) > 32
+        errors += [abs(exact[t].logprob - rounded[t].logprob) for t in common]
+    print(f"\nbf16 against fp32: log-probabilities differ by {np.mean(errors):.4f} on average")
+    assert np.mean(errors) < 0.1
+
+
+def test_qwen2_vl_7b_with_dummy_weights(tmp_path: Path) -> None:
+    path = make_dummy_qwen2vl(tmp_path, "7b")
+    with Engine.from_pretrained(path, load_format="dummy", max_model_len=8192) as engine:
+        images = [picture(i, 448, 448) for i in range(4)]
+        prompts = [
+            as_prompt(f"<|im_start|>user\n{IMAGE}Question {i}", [images[i % 4]], []) for i in range(16)
+        ]
+        params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+        outputs = engine.generate(prompts, params)
+        stats = engine.stats()
+        assert [len(o.token_ids) for o in outputs] == [32] * 16
+        assert stats["encoded_items"] == 4
+        assert stats["cached_tokens"] > 0
+        assert stats["blocks"]["in_use"] == stats["blocks"]["pending"] == 0
+        assert len(outputs[0].prompt_token_ids) > 256
+        print(f"\nKV tokens: {stats['block_size'] * sum(stats['blocks'].values())}")
+        assert stats["block_size"] * sum(stats["blocks"].values()) > 500_000
