@@ -167,7 +167,7 @@ def run_dtype(path: Path, dtype: str, rounds: int) -> list[Row]:
     prompt = make_prompt(reference)
     rows = []
     start = time.perf_counter()
-    with Engine.from_pretrained(path, dtype=NAMES[dtype], kv_cache_config=KvCacheConfig(num_blocks=1024)) as engine:
+    with Engine.from_pretrained(path, dtype=NAMES[dtype], kv_cache_config=KvCacheConfig(num_blocks=1024), show_progress=False) as engine:
         print(f"{dtype}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
         for number, case in enumerate(CASES):
             if case.dtype == dtype:

@@ -6,9 +6,8 @@ import os
 import re
 from typing import Any
 
-from support.pictures import picture
-
 from mm_core import AsyncEngine, Engine, MMError, RequestOutput, SamplingParams, TextPrompt
+from support.pictures import picture
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 GREEDY = SamplingParams(max_tokens=8, temperature=0)

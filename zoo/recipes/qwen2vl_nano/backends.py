@@ -45,9 +45,7 @@ def transformers_backend(folder: Path, device: str = "cpu", batch: int = 48) -> 
             rows = [encode(*one) for one in asked[start : start + batch]]
             longest = max(len(row[0]) for row in rows)
             ids = torch.tensor([[pad] * (longest - len(row[0])) + row[0] for row in rows], device=device)
-            seen = torch.tensor(
-                [[0] * (longest - len(row[0])) + [1] * len(row[0]) for row in rows], device=device
-            )
+            seen = torch.tensor([[0] * (longest - len(row[0])) + [1] * len(row[0]) for row in rows], device=device)
             made = model.generate(
                 input_ids=ids,
                 attention_mask=seen,

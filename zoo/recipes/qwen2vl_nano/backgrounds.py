@@ -53,9 +53,7 @@ def checker(rng: np.random.Generator, height: int, width: int) -> Field:
 def dots(rng: np.random.Generator, height: int, width: int) -> Field:
     ys, xs = _axes(height, width)
     cell = rng.uniform(12, 32)
-    return (np.hypot(ys % cell - cell / 2, xs % cell - cell / 2) < cell * rng.uniform(0.15, 0.35)).astype(
-        np.float32
-    )
+    return (np.hypot(ys % cell - cell / 2, xs % cell - cell / 2) < cell * rng.uniform(0.15, 0.35)).astype(np.float32)
 
 
 def grain(rng: np.random.Generator, height: int, width: int) -> Field:
@@ -117,9 +115,7 @@ BACKGROUNDS: dict[str, tuple[Callable[[np.random.Generator, int, int], Field], .
 }
 
 
-def ramp_colours(
-    rng: np.random.Generator, inks: list[Colour], contrast: float = 105.0
-) -> tuple[Colour, Colour]:
+def ramp_colours(rng: np.random.Generator, inks: list[Colour], contrast: float = 105.0) -> tuple[Colour, Colour]:
     """Two background colours that every ink stands out from (the best found, should none be good enough)."""
     best, best_distance = (235, 235, 235), -1.0
     for _ in range(24):

@@ -16,9 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .layouts import CELL, THEME_WEIGHTS, THEMES, Picture, pair, picture
-from .pair_questions import PAIR
 from .preprocess import resize, smart_resize
-from .questions import SINGLE, ask, vary
+from .questions import ask, vary
 
 Grid = tuple[int, int]
 Key = tuple[Grid, ...]
@@ -27,8 +26,8 @@ ROUNDS = 3  # packs of questions for each picture
 TURNS = {1: 128, 2: 96}  # tokens of a pack, by the number of pictures
 SLOT_BYTES = 40 << 20
 WEIGHTS = {
-    "shapes": {"count": 1.0, "colour": 1, "shape": 1, "position": 1.2, "biggest": 1.2, "relation_what": 1.5,
-               "relation_where": 1, "relation_yes_no": 1.2, "exists": 0.7, "list": 1.5},
+    "shapes": {"count": 0.8, "colour": 0.7, "shape": 0.9, "position": 2.0, "biggest": 1, "relation_what": 2.5,
+               "relation_where": 2, "relation_yes_no": 2.5, "exists": 0.7, "list": 1.2},
     "crowd": {"count": 5.0, "colour": 0.5, "shape": 0.5, "exists": 0.6, "list": 0.3, "biggest": 0.4},
     "text": {"word": 4.0, "number": 4, "ink": 1, "count": 0.04, "exists": 0.04, "colour": 0.04, "shape": 0.04},
     "mixed": {"word": 3.0, "number": 3, "ink": 1, "colour": 0.5, "shape": 0.5, "position": 0.5, "count": 0.5,
@@ -162,9 +161,7 @@ def _work(seed: int, tokenizer: str, buffer: mmap.mmap, free: mp.Queue, full: mp
     odds /= odds.sum()
     while True:
         lone = rng.random() < 0.62
-        key: Key = (
-            (grids[int(rng.choice(len(grids), p=odds))],) if lone else pairs[int(rng.integers(len(pairs)))]
-        )
+        key: Key = (grids[int(rng.choice(len(grids), p=odds))],) if lone else pairs[int(rng.integers(len(pairs)))]
         shard = make_shard(rng, key, packer)
         slot = free.get()
         views = shard_views(buffer, slot, key)

@@ -34,9 +34,7 @@ def mean(scores: dict[str, float], kinds: tuple[str, ...]) -> float:
     return sum(chosen) / len(chosen) if chosen else float("nan")
 
 
-def report(
-    scores: dict[str, float], blank: dict[str, float], options: argparse.Namespace
-) -> dict[str, object]:
+def report(scores: dict[str, float], blank: dict[str, float], options: argparse.Namespace) -> dict[str, object]:
     return {
         "backend": options.backend,
         "per_kind": options.per_kind,
@@ -54,14 +52,14 @@ def report(
 def table(result: dict) -> str:
     """The report as Markdown, for the model card."""
     lines = [
-        f"{result['per_kind']} held-out questions of each kind, exact match, greedy, `{result['backend']}` backend, float32.",
+        f"{result['per_kind']} held-out questions of each kind; exact match, greedy decoding by "
+        f"`{result['backend']}` in float32.",
         "",
         "| kind of question | right, % | blank picture, % |",
         "|---|---|---|",
     ]
     lines += [
-        f"| {kind} | {value:.1f} | {result['blank_kinds'][kind]:.1f} |"
-        for kind, value in result["kinds"].items()
+        f"| {kind} | {value:.1f} | {result['blank_kinds'][kind]:.1f} |" for kind, value in result["kinds"].items()
     ]
     scenes = tuple(k for k in SCENE_KINDS if k in result["kinds"])
     lines += [

@@ -48,9 +48,7 @@ class Question:
 def _size(rng: np.random.Generator, theme: str, most: int) -> tuple[int, int]:
     while True:
         height, width = int(rng.integers(84, most + 1)), int(rng.integers(84, most + 1))
-        if max(height, width) <= 2.5 * min(height, width) and (
-            width >= 140 or theme not in ("text", "mixed")
-        ):
+        if max(height, width) <= 2.5 * min(height, width) and (width >= 140 or theme not in ("text", "mixed")):
             return height, width
 
 
@@ -82,10 +80,12 @@ def questions(per_kind: int, kinds: tuple[str, ...] = KINDS, seed: int = SEED) -
 def blanked(asked: list[Question], seed: int = SEED) -> list[Question]:
     """The same questions about pictures of the same size that show nothing but one colour."""
     rng = np.random.default_rng([seed, 99])
-    return [
-        Question(q.kind, tuple(Image.new("RGB", i.size, tuple(rng.integers(60, 236, 3).tolist())) for i in q.images), q.question, q.answer)
-        for q in asked
-    ]  # fmt: skip
+    blanks = []
+    for q in asked:
+        colours = [tuple(rng.integers(60, 236, 3).tolist()) for _ in q.images]
+        images = tuple(Image.new("RGB", i.size, c) for i, c in zip(q.images, colours, strict=True))
+        blanks.append(Question(q.kind, images, q.question, q.answer))
+    return blanks
 
 
 def right(given: str, wanted: str) -> bool:

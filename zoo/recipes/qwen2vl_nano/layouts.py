@@ -96,7 +96,7 @@ def _crowd(rng: np.random.Generator) -> list[tuple[str, str]]:
 def _read(rng: np.random.Generator, scene: Scene, split: str, share: float) -> Mark | None:
     """A word or a number that fits the given share of the picture."""
     room = (scene.width * 0.96, scene.height * share)
-    if rng.random() < 0.68:
+    if rng.random() < 0.6:
         for _ in range(4):
             mark = print_mark(rng, pick(rng, WORDS), "word", room, split)
             if mark is not None:
@@ -109,7 +109,7 @@ def lay_out(rng: np.random.Generator, theme: str, height: int, width: int, split
     cells = height * width / CELL**2
     if theme == "shapes":
         most = 1 if cells < 13 else 2 if cells < 20 else 3 if cells < 30 else 4
-        count = int(rng.integers(0, most + 1)) if rng.random() < 0.3 else int(rng.integers(1, most + 1))
+        count = int(rng.integers(0, most + 1)) if rng.random() < 0.2 else int(rng.integers(1, most + 1, 2).max())
         _add_things(rng, scene, _distinct(rng, count), 0.5 if count < 3 else 0.4)
     elif theme == "crowd":
         _add_things(rng, scene, _crowd(rng), 0.27)

@@ -28,8 +28,16 @@ class Turns:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary positions; `sin` has its first half negated, so that swapping halves is all that is left to do."""
+    half = x.shape[-1] // 2
+    swapped = x.unflatten(-1, (2, half)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def signed(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cos and sin over a whole head from the frequencies of half a head, as `rotate` wants them."""
+    cos, sin = freqs.cos(), freqs.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def share_heads(x: Tensor) -> Tensor:
@@ -44,9 +52,7 @@ def patchify(pixels: Tensor) -> Tensor:
     batch, channels, height, width = pixels.shape
     rows, columns = height // (PATCH * MERGE), width // (PATCH * MERGE)
     view = pixels.view(batch, channels, rows, MERGE, PATCH, columns, MERGE, PATCH)
-    return view.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(
-        batch, rows * columns * MERGE * MERGE, channels * PATCH * PATCH
-    )
+    return view.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, rows * columns * MERGE * MERGE, channels * PATCH * PATCH)
 
 
 class VisionBlock(nn.Module):
@@ -59,12 +65,14 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.attn["qkv"](self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin), qkv[2]
+        qkv = self.attn["qkv"](self.norm1(x)).view(batch, length, 3, self.heads, -1)
+        query, key = (part.transpose(1, 2) for part in rotate(qkv[:, :, :2], cos, sin).unbind(2))
+        value = qkv[:, :, 2].transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, key, value)
         x = x + self.attn["proj"](mixed.transpose(1, 2).reshape(batch, length, width))
-        hidden = self.mlp["fc1"](self.norm2(x))
-        return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))
+        fc1, fc2 = self.mlp["fc1"], self.mlp["fc2"]  # quick GELU is a SiLU with a scale before and after it
+        hidden = F.silu(F.linear(self.norm2(x), fc1.weight * 1.702, fc1.bias * 1.702))
+        return x + F.linear(hidden, fc2.weight * (1 / 1.702), fc2.bias)
 
 
 class Vision(nn.Module):
@@ -78,25 +86,21 @@ class Vision(nn.Module):
         mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, C.HIDDEN))
         self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(width, 1e-6), "mlp": mlp})
 
-    def angles(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin [N, head] of a grid of height x width cells."""
+    def angles(self, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin [N, 1, 1, head] of a grid of height x width cells."""
+        device = like.device
         side = C.VISION_WIDTH // C.VISION_HEADS // 2
         inverse = 10000.0 ** (-torch.arange(0, side, 2, device=device).float() / side)
-        rows = (
-            torch.arange(height * MERGE, device=device).view(height, 1, MERGE, 1).expand(-1, width, -1, MERGE)
-        )
-        columns = (
-            torch.arange(width * MERGE, device=device).view(1, width, 1, MERGE).expand(height, -1, MERGE, -1)
-        )
+        rows = torch.arange(height * MERGE, device=device).view(height, 1, MERGE, 1).expand(-1, width, -1, MERGE)
+        columns = torch.arange(width * MERGE, device=device).view(1, width, 1, MERGE).expand(height, -1, MERGE, -1)
         freqs = torch.stack((rows.reshape(-1), columns.reshape(-1)), -1)[..., None].float() * inverse
-        freqs = freqs.flatten(1).repeat(1, 2)
-        return freqs.cos(), freqs.sin()
+        return signed(freqs.flatten(1)[:, None, None], like.dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         cells = pixels.shape[2] // (PATCH * MERGE), pixels.shape[3] // (PATCH * MERGE)
         weight = self.patch_embed["proj"].weight.sum(2).flatten(1)  # both frames of a picture are the same
         x = F.linear(patchify(pixels), weight)
-        cos, sin = (angle.to(x.dtype) for angle in self.angles(*cells, x.device))
+        cos, sin = self.angles(*cells, x)
         for block in self.blocks:
             x = block(x, cos, sin)
         batch = x.shape[0]
@@ -207,14 +211,11 @@ class Nano(nn.Module):
         inverse = C.ROPE_THETA ** (-torch.arange(0, head, 2, device=position.device).float() / head)
         freqs = position[..., None].float() * inverse
         chosen = torch.cat([part[i] for i, part in enumerate(freqs.split(C.MROPE_SECTION, -1))], -1)
-        chosen = torch.cat((chosen, chosen), -1)[:, None]
-        return chosen.cos().to(dtype), chosen.sin().to(dtype)
+        return signed(chosen[:, None], dtype)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights by their names on the hub, rounded to bfloat16."""
         names = {}
         for name, tensor in self.state_dict().items():
-            names[name if name.startswith("visual.") else f"model.{name}"] = tensor.detach().to(
-                "cpu", torch.bfloat16
-            )
+            names[name if name.startswith("visual.") else f"model.{name}"] = tensor.detach().to("cpu", torch.bfloat16)
         return names

@@ -50,9 +50,7 @@ def same(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     if len(first.things) == 1 and len(second.things) == 1:
         kind = pick(rng, ("shape", "colour"))
         asked = pick(rng, ("Is it the same {} in both images?", "Do both pictures show the same {}?"))
-        return asked.format(kind), "yes" if getattr(first.things[0], kind) == getattr(
-            second.things[0], kind
-        ) else "no"
+        return asked.format(kind), "yes" if getattr(first.things[0], kind) == getattr(second.things[0], kind) else "no"
     return None
 
 
@@ -114,9 +112,7 @@ def only(rng: np.random.Generator, first: Scene, second: Scene) -> Answered:
     lone = [name for name in names if name in mine - others]
     if len(lone) != 1:
         return None
-    asked = pick(
-        rng, ("Which {} is only in the {} image?", "What {} is in the {} image but not in the other?")
-    )
+    asked = pick(rng, ("Which {} is only in the {} image?", "What {} is in the {} image but not in the other?"))
     return asked.format(what, ORDER[which]), lone[0]
 
 

@@ -18,9 +18,7 @@ def smart_resize(height: int, width: int) -> tuple[int, int]:
     tall, wide = round(height / CELL) * CELL, round(width / CELL) * CELL
     if tall * wide > MAX_PIXELS:
         beta = math.sqrt(height * width / MAX_PIXELS)
-        return max(CELL, math.floor(height / beta / CELL) * CELL), max(
-            CELL, math.floor(width / beta / CELL) * CELL
-        )
+        return max(CELL, math.floor(height / beta / CELL) * CELL), max(CELL, math.floor(width / beta / CELL) * CELL)
     if tall * wide < MIN_PIXELS:
         beta = math.sqrt(MIN_PIXELS / (height * width))
         return math.ceil(height * beta / CELL) * CELL, math.ceil(width * beta / CELL) * CELL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -138,8 +139,8 @@ def _holds(side: str, thing: Thing, other: Thing, scene: Scene) -> bool | None:
 
 def relation_what(rng: np.random.Generator, scene: Scene) -> Answered:
     things = unique(scene)
-    if len(things) < 2 or len(things) < len(scene.things):
-        return None
+    if len(things) < 3 or len(things) < len(scene.things):
+        return None  # of two things, the answer would be the one that is not named
     options = []
     for anchor in things:
         for side in SIDES:
@@ -204,9 +205,7 @@ def exists(rng: np.random.Generator, scene: Scene) -> Answered:
             any((t.shape, t.colour) == (shape_name, colour_name) for t in scene.things),
         )
     what = ("an " if what[0] in "aeiou" else "a ") + what
-    asked = pick(
-        rng, ("Is there {}?", "Can you see {}?", "Is there {} in the picture?", "Does the picture show {}?")
-    )
+    asked = pick(rng, ("Is there {}?", "Can you see {}?", "Is there {} in the picture?", "Does the picture show {}?"))
     return asked.format(what), "yes" if held else "no"
 
 
@@ -214,7 +213,7 @@ def listing(rng: np.random.Generator, scene: Scene) -> Answered:
     things = sorted(scene.things, key=lambda thing: thing.x)
     if len(things) > 4 or scene.marks:
         return None
-    if any(b.x - a.x < 0.06 * scene.width + 2 for a, b in zip(things, things[1:], strict=False)):
+    if any(b.x - a.x < 0.06 * scene.width + 2 for a, b in pairwise(things)):
         return None
     asked = pick(
         rng,
@@ -286,9 +285,7 @@ def ink(rng: np.random.Generator, scene: Scene) -> Answered:
     if not marks:
         return None
     mark: Mark = marks[int(rng.integers(len(marks)))]
-    asked = pick(
-        rng, ("What colour is the {}?", "In which colour is the {} written?", "What is the colour of the {}?")
-    )
+    asked = pick(rng, ("What colour is the {}?", "In which colour is the {} written?", "What is the colour of the {}?"))
     return asked.format(mark.kind), mark.colour
 
 

@@ -19,15 +19,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (22, 22, 22), "white": (250, 250, 250),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
-WORDS = tuple(
+WORD_LIST = (
     "apple bread chair table house river stone cloud tiger horse sheep mouse snake eagle whale shark lemon grape "
     "peach melon onion sugar honey water milk coffee juice plate spoon knife fork glass bottle window door floor "
     "wall roof garden flower tree leaf grass beach ocean island mountain valley forest desert bridge road street "
     "train plane boat truck wheel engine clock watch phone camera radio music piano guitar drum dance paper pencil "
     "book letter school teacher doctor friend family child baby king queen castle crown sword magic dream night "
     "morning summer winter storm snow rain wind fire light shadow silver gold market money open stop exit sale hello "
-    "world".split()
+    "world"
 )
+WORDS = tuple(WORD_LIST.split())
 ZONES = (
     ("top left", "top", "top right"),
     ("left", "centre", "right"),
@@ -155,9 +156,7 @@ def shade(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def print_mark(
-    rng: np.random.Generator, text: str, kind: str, room: tuple[float, float], split: str
-) -> Mark | None:
+def print_mark(rng: np.random.Generator, text: str, kind: str, room: tuple[float, float], split: str) -> Mark | None:
     """Print a text in some font, as large as drawn by lot within `room` (width, height); None if too small."""
     paths = font_files(split)
     path = paths[int(rng.integers(len(paths)))]
@@ -181,9 +180,7 @@ def write_digit(rng: np.random.Generator, room: float, split: str) -> Mark:
     images, targets = _handwriting(split)
     index = int(rng.integers(len(targets)))
     side = int(rng.uniform(38, max(40, min(room, 150))))
-    glyph = Image.fromarray(np.pad(images[index], 1)).resize(
-        (side, int(side * rng.uniform(1.0, 1.25))), Image.BICUBIC
-    )
+    glyph = Image.fromarray(np.pad(images[index], 1)).resize((side, int(side * rng.uniform(1.0, 1.25))), Image.BICUBIC)
     shear, squeeze = rng.uniform(-0.18, 0.18), rng.uniform(0.9, 1.1)
     width, height = glyph.size
     matrix = (squeeze, shear, -shear * height / 2 + (1 - squeeze) * width / 2, 0.0, 1.0, 0.0)

@@ -18,12 +18,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import config
-from .data import Feed, Key, Shard
+from .data import Feed, Key
 from .model import Nano, Turns
-from .tokenizer import SYSTEM, save, train as train_tokenizer
+from .tokenizer import SYSTEM, save
+from .tokenizer import train as train_tokenizer
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A shard on the device, with the number of times it was used."""
 
@@ -76,9 +77,7 @@ class Pool:
         """`count` shards of one key, of those least used so far."""
         while True:
             with self.lock:
-                keys = [
-                    key for key, held in self.shards.items() if len(key) == pictures and len(held) >= count
-                ]
+                keys = [key for key, held in self.shards.items() if len(key) == pictures and len(held) >= count]
                 if keys:
                     odds = np.array([sum(1 / (1 + h.uses) ** 2 for h in self.shards[key]) for key in keys])
                     key = keys[int(rng.choice(len(keys), p=odds / odds.sum()))]
@@ -95,9 +94,7 @@ class FlatAdamW:
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, decay: float) -> None:
         parameters = list(model.parameters())
         self.master = torch.cat([p.detach().float().flatten() for p in parameters])
-        self.decay = torch.cat(
-            [torch.full((p.numel(),), decay * (p.ndim > 1), device=p.device) for p in parameters]
-        )
+        self.decay = torch.cat([torch.full((p.numel(),), decay * (p.ndim > 1), device=p.device) for p in parameters])
         self.work = self.master.to(dtype)
         self.grad = torch.zeros_like(self.work)
         self.mean, self.square = torch.zeros_like(self.master), torch.zeros_like(self.master)
@@ -160,9 +157,7 @@ class Batch:
         packs = F.pad(self.packs.long(), (0, -(sum(len(p) for p in self.prompt) + cells) % 8))
         turns = Turns(packs[:, 0], packs[:, 1], packs[:, 2], packs[:, 3])
         dtype = self.model.embed_tokens.weight.dtype
-        logits = self.model([augment(p, self.norm, dtype) for p in self.pixels], self.prompt, turns)[
-            :, :-1
-        ].float()
+        logits = self.model([augment(p, self.norm, dtype) for p in self.pixels], self.prompt, turns)[:, :-1].float()
         scored = turns.scored[:, 1:] > 0
         target = torch.where(scored, turns.tokens[:, 1:], -100)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -241,9 +236,7 @@ def reserve(size: int) -> None:
     del block
 
 
-def run(
-    model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float
-) -> FlatAdamW:
+def run(model: Nano, tokenizer: Tokenizer, feed: Feed, options: argparse.Namespace, begun: float) -> FlatAdamW:
     """Train until the clock says stop."""
     optimiser = FlatAdamW(model, torch.bfloat16 if options.device == "cuda" else torch.float32, options.decay)
     pool = Pool(options.device, options.pool_gb << 30)
@@ -273,9 +266,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument(
-        "--seconds", type=float, default=540, help="wall clock from start to the end of training"
-    )
+    parser.add_argument("--seconds", type=float, default=540, help="wall clock from start to the end of training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--shards", type=int, default=2, help="shards of 64 pictures in a batch")
@@ -299,16 +290,10 @@ def main() -> None:
     model = Nano(tokenizer.get_vocab_size())
     if options.resume:
         model.load_state_dict(
-            {
-                k: v
-                for part in sorted(options.resume.glob("*.safetensors"))
-                for k, v in load_file(part).items()
-            }
+            {k: v for part in sorted(options.resume.glob("*.safetensors")) for k, v in load_file(part).items()}
         )
     model.to(options.device)
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for every shape, which takes longer than it saves
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, which takes longer than it saves
     if options.compile:
         torch._dynamo.config.cache_size_limit = 64
         for block in (*model.visual.blocks, *model.layers):
@@ -330,9 +315,7 @@ def finish(model: Nano, optimiser: FlatAdamW, tokenizer: Tokenizer, options: arg
         state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
         names = sorted(state)
         for part in range(2):
-            save_file(
-                {name: state[name] for name in names[part::2]}, options.state / f"state{part}.safetensors"
-            )
+            save_file({name: state[name] for name in names[part::2]}, options.state / f"state{part}.safetensors")
     print(f"saved after {optimiser.steps} steps to {options.out}", flush=True)
 
 

@@ -1,1 +1,1 @@
-
+"""The engine: loop, front doors, and text of tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -27,9 +28,7 @@ class AsyncEngine:
         self._frontend = frontend
 
     @classmethod
-    async def from_pretrained(
-        cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any
-    ) -> Self:
+    async def from_pretrained(cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any) -> Self:
         """As `Engine.from_pretrained`, in a worker thread."""
         return cls(await asyncio.to_thread(Frontend, str(model), build_config(options), plugins))
 
@@ -42,8 +41,8 @@ class AsyncEngine:
     ) -> RequestOutput:
         """Answer one prompt, or one conversation."""
         last: RequestOutput | None = None
-        async for last in self._updates(prompt, sampling_params, False, apply_chat_template):
-            pass
+        async for update in self._updates(prompt, sampling_params, False, apply_chat_template):
+            last = update
         if last is None:  # pragma: no cover - a request ends with an output or an error
             raise RuntimeError("a request ended without an output")
         return last
@@ -65,7 +64,7 @@ class AsyncEngine:
         updates: asyncio.Queue[RequestOutput | MMError] = asyncio.Queue()
 
         def listener(update: RequestOutput | MMError) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(updates.put_nowait, update)
 
         request_id = self._frontend.add(

@@ -199,11 +199,32 @@ class CoreThread:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._take_messages():
-            if self._core.has_work:
-                self._deliver(self._core.step())
-        for request_id in list(self._core._requests):
-            self._deliver(self._core.handle(Abort(request_id)))
+        try:
+            while self._take_messages():
+                if self._core.has_work:
+                    self._deliver(self._core.step())
+            for request_id in list(self._core._requests):
+                self._deliver(self._core.handle(Abort(request_id)))
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            self._refuse_all(error)
+
+    def _refuse_all(self, error: Exception) -> None:
+        """The books cannot be trusted any more: end every request, those to come too, until close()."""
+        fault = EngineError(
+            f"The engine's loop failed with {type(error).__name__}. This is a bug in mm-core: please report it with "
+            "the log. Close this engine and make a new one."
+        )
+        fault.__cause__ = error
+        ended = list(self._core._requests)
+        while True:
+            self._deliver([TokenOutput(i, 0, None, finish_reason=FinishReason.ERROR.value, error=fault) for i in ended])
+            message = self._inbox.get()
+            if message is None:
+                return
+            if isinstance(message, threading.Event):
+                message.set()
+            ended = [message.request.request_id] if isinstance(message, Submit) else []
 
     def _take_messages(self) -> bool:
         """Handle all that waits, or wait while there is no work. False: close."""

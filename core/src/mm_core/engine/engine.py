@@ -100,29 +100,8 @@ class Engine:
 
         Leaving the loop early aborts the request.
         """
-        updates: queue.SimpleQueue[RequestOutput | MMError] = queue.SimpleQueue()
-        request_id = self._frontend.add(
-            prompt,
-            SamplingParams() if sampling_params is None else sampling_params,
-            updates.put,
-            stream=True,
-            apply_chat_template=apply_chat_template,
-        )
-        return self._updates(request_id, updates)
-
-    def _updates(
-        self, request_id: str, updates: queue.SimpleQueue[RequestOutput | MMError]
-    ) -> Iterator[RequestOutput]:
-        try:
-            while True:
-                update = updates.get()
-                if isinstance(update, MMError):
-                    raise update
-                yield update
-                if update.finished:
-                    return
-        finally:
-            self._frontend.abort(request_id)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        return _Stream(self._frontend, prompt, params, apply_chat_template)
 
     def _run(
         self, prompts: Sequence[Any], params: Sequence[SamplingParams], apply_chat_template: bool | None
@@ -190,6 +169,45 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+
+class _Stream(Iterator[RequestOutput]):
+    """A running request's updates. Dropping it aborts the request, even before its first update:
+    a generator would do so only once it was started."""
+
+    def __init__(
+        self, frontend: Frontend, prompt: Any, params: SamplingParams, apply_chat_template: bool | None
+    ) -> None:
+        self._updates: queue.SimpleQueue[RequestOutput | MMError] = queue.SimpleQueue()
+        self._frontend = frontend
+        self._request_id: str | None = None
+        self._request_id = frontend.add(
+            prompt, params, self._updates.put, stream=True, apply_chat_template=apply_chat_template
+        )
+
+    def __next__(self) -> RequestOutput:
+        if self._request_id is None:
+            raise StopIteration
+        try:
+            update = self._updates.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if isinstance(update, MMError):
+            self._request_id = None
+            raise update
+        if update.finished:
+            self._request_id = None
+        return update
+
+    def close(self) -> None:
+        """Abort the request, if it still runs. Idempotent."""
+        request_id, self._request_id = self._request_id, None
+        if request_id is not None:
+            self._frontend.abort(request_id)
+
+    def __del__(self) -> None:
         self.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,7 +16,10 @@ from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load
 from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
 from mm_core.engine.output import RequestText
 from mm_core.errors import EngineClosedError, EngineError, InvalidParamsError, MMError, RequestAbortedError
+from mm_core.inputs.prompt import guarded
 from mm_core.types import PreparedRequest, RequestOutput, Usage
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[RequestOutput | MMError], None]
 
@@ -46,7 +50,8 @@ class Frontend:
         self.model: LoadedModel = load_model(name, config, plugins)
         self._core, self.max_model_len = build_core(self.model, config)
         self.pipeline = build_pipeline(self.model, config, self.max_model_len)
-        self._lock = threading.Lock()
+        # Reentrant: a stream that the garbage collector finds aborts its request, whatever its thread holds.
+        self._lock = threading.RLock()
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
         self._closed = False
@@ -96,22 +101,23 @@ class Frontend:
             self._end(request_id, error)
             return
         except Exception as error:
-            fault = EngineError(f"Preparing the request failed with {type(error).__name__}.")
-            fault.__cause__ = error
-            self._end(request_id, fault)
+            self._end(request_id, _fault("Preparing the request", error))
             return
         with self._lock:
             live = self._live.get(request_id)
             if live is None:  # aborted meanwhile
                 return
             live.request = request
-            live.text = RequestText(request, self.model.processor.tokenizer, self.model.processor.finish)
+            live.text = RequestText(request, self.model.processor.tokenizer, self._finish_text)
             live.open = set(range(request.params.n))
             live.usage = Usage(
                 prompt_tokens=len(request.token_ids),
                 media_tokens=sum(r.feature.num_tokens for r in request.ranges),
             )
             self._thread.send(Submit(request))
+
+    def _finish_text(self, text: str, token_ids: Sequence[int]) -> str:
+        return str(guarded(self.model.family, "finish", lambda: self.model.processor.finish(text, token_ids)))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; its listener gets RequestAbortedError. Unknown ids are ignored."""
@@ -134,16 +140,28 @@ class Frontend:
 
     def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         for output in outputs:
-            live = self._live.get(output.request_id)
-            if live is None or live.text is None or output.index not in live.open:
-                continue
-            if output.error is not None:
-                self._end(output.request_id, output.error)
-                self._thread.send(Abort(output.request_id))
-            elif output.finish_reason == "abort":
-                self._end(output.request_id, RequestAbortedError("The engine was closed before the request ended."))
-            else:
-                self._on_token(live, live.text, output)
+            try:
+                self._on_output(output)
+            except Exception as error:  # of one request's text; the others' tokens are behind it in the list
+                logger.warning("request %s failed", output.request_id, exc_info=True)
+                self._fail(output.request_id, _fault("Making text of the tokens", error))
+
+    def _on_output(self, output: TokenOutput) -> None:
+        live = self._live.get(output.request_id)
+        if live is None or live.text is None:
+            return
+        if output.error is not None:
+            self._fail(output.request_id, output.error)
+        elif output.index not in live.open:
+            return
+        elif output.finish_reason == "abort":
+            self._end(output.request_id, RequestAbortedError("The engine was closed before the request ended."))
+        else:
+            self._on_token(live, live.text, output)
+
+    def _fail(self, request_id: str, error: MMError) -> None:
+        self._end(request_id, error)
+        self._thread.send(Abort(request_id))
 
     def _on_token(self, live: _Live, text: RequestText, output: TokenOutput) -> None:
         tokens = [] if output.token_id is None else [output.token_id]
@@ -179,6 +197,15 @@ class Frontend:
         self._thread.close()
         for request_id in list(self._live):
             self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
+
+
+def _fault(what: str, error: Exception) -> MMError:
+    """What the caller is told of an unforeseen error: its kind; the rest is for the log."""
+    if isinstance(error, MMError):
+        return error
+    fault = EngineError(f"{what} failed with {type(error).__name__}. This is a bug: please report it with the log.")
+    fault.__cause__ = error
+    return fault
 
 
 def _count(usage: Usage, output: TokenOutput) -> Usage:

@@ -72,16 +72,12 @@ def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -
             f"Model {name!r} does not fit {device} in {dtype}. Use a smaller dtype or a smaller model."
         ) from error
     _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
-    return LoadedModel(
-        owner.family.name, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype
-    )
+    return LoadedModel(owner.family.name, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype)
 
 
 def _call(registry: PluginRegistry, hook: str, owner: Owner, checkpoint: LoadedCheckpoint, **extra: Any) -> Any:
     default = default_decoder if hook == "mm_decoder" else None
-    return registry.call_owner(
-        hook, owner, default=default, family=owner.family.name, checkpoint=checkpoint, **extra
-    )
+    return registry.call_owner(hook, owner, default=default, family=owner.family.name, checkpoint=checkpoint, **extra)
 
 
 def _resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
@@ -115,16 +111,12 @@ def build_core(model: LoadedModel, config: EngineConfig) -> tuple[EngineCore, in
     """Size the caches and put scheduler and runner together; also the context length that fits."""
     kv_config = config.kv_cache_config
     block_size, dtype = kv_config.block_size, kv_dtype(kv_config, model.dtype)
-    encoder_budget = config.encoder_budget or max(
-        _COST_PER_TOKEN * config.max_num_batched_tokens, _MIN_ENCODER_BUDGET
-    )
+    encoder_budget = config.encoder_budget or max(_COST_PER_TOKEN * config.max_num_batched_tokens, _MIN_ENCODER_BUDGET)
     count = count_blocks(
         kv_config,
         block_bytes(model.decoder.kv_specs, block_size, dtype),
         model.device,
-        lambda: measure_peak(
-            model.decoder, model.encoder, model.processor, config, encoder_budget, model.device
-        ),
+        lambda: measure_peak(model.decoder, model.encoder, model.processor, config, encoder_budget, model.device),
     )
     length = min(model.max_model_len, count * block_size)
     if config.max_model_len is not None and length < config.max_model_len:
