@@ -133,6 +133,37 @@ def test_abort_of_a_request_that_becomes_ready_meanwhile(engine: Engine, monkeyp
     settle(engine)
 
 
+def test_abort_in_the_middle_of_a_picture_frees_its_rows(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 tokens, a picture of 54: the third step ends inside it, and the abort comes right then."""
+    kv, ended = KvCacheConfig(num_blocks=64), []
+    with Engine.from_pretrained(
+        tiny_path, kv_cache_config=kv, max_num_batched_tokens=16, show_progress=False
+    ) as engine:
+        frontend = engine._frontend
+        core, held, steps = frontend._core, [], []
+        real = core.runner.execute
+
+        def execute(batch: Any) -> Any:
+            steps.append(batch)
+            if len(steps) == 3:
+                held.extend(len(seq.held_media) for seq in core.scheduler.running)
+                frontend.abort(next(iter(frontend._live)))
+            return real(batch)
+
+        monkeypatch.setattr(core.runner, "execute", execute)
+        prompt = ask(picture(6, 252, 168))
+        ready = threading.Lock()
+        ready.acquire()
+        frontend.add(prompt, ENDLESS, lambda result: (ended.append(result), ready.release()))
+        assert ready.acquire(timeout=10)
+        settle(engine)
+        assert held == [1]
+        assert isinstance(ended[0], RequestAbortedError)
+        assert len(steps) == 3
+        assert engine.generate(prompt, GREEDY)[0].usage.media_tokens == 54
+        settle(engine)
+
+
 # -- chat ------------------------------------------------------------------------------------------
 
 

@@ -60,23 +60,25 @@ def test_fp32_tokens_equal_transformers(tmp_path: Path, version: str, sizes: dic
         assert outputs[1].usage.cached_tokens > 0
 
 
-def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
-    """bf16 rounds: never gated on tokens, only on how far its log-probabilities are from fp32's."""
-    path = make_tiny_qwen2vl(tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
-                             rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})  # fmt: skip
+def test_bf16_errs_no_more_than_transformers(tmp_path: Path) -> None:
+    """bf16 rounds: never gated on tokens, only on how far its log-probabilities are from fp32's, and
+    transformers' own bf16 run is the bar."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+             "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}  # fmt: skip
+    path = make_tiny_qwen2vl(tmp_path, **sizes)
+    exact, rounded = Reference(path), Reference(path, torch.bfloat16)
     first = SamplingParams(max_tokens=1, temperature=0, logprobs=64)
-    found = {}
-    for dtype in ("float32", "bfloat16"):
-        kv = KvCacheConfig(num_blocks=512)
-        with Engine.from_pretrained(path, dtype=dtype, kv_cache_config=kv) as engine:
-            found[dtype] = [o.logprobs[0] for o in engine.generate([as_prompt(*j) for j in jobs()], first)]
-    errors = []
-    for exact, rounded in zip(found["float32"], found["bfloat16"], strict=True):
-        common = exact.keys() & rounded.keys()
-        assert len(common) > 32
-        errors += [abs(exact[t].logprob - rounded[t].logprob) for t in common]
-    print(f"\nbf16 against fp32: log-probabilities differ by {np.mean(errors):.4f} on average")
-    assert np.mean(errors) < 0.1
+    with Engine.from_pretrained(path, dtype="bfloat16", kv_cache_config=KvCacheConfig(num_blocks=512)) as engine:
+        outputs = engine.generate([as_prompt(*job) for job in jobs()[:3]], first)
+    ours, theirs = [], []
+    for (text, images, _), output in zip(jobs()[:3], outputs, strict=True):
+        wanted = torch.log_softmax(exact.generate(text, images, max_tokens=1).logits[0].float(), -1)
+        other = torch.log_softmax(rounded.generate(text, images, max_tokens=1).logits[0].float(), -1)
+        ours += [abs(entry.logprob - float(wanted[token])) for token, entry in output.logprobs[0].items()]
+        theirs += [abs(float(other[token] - wanted[token])) for token in output.logprobs[0]]
+    print(f"\nbf16 against fp32, mean error of log-probabilities: {np.mean(ours):.4f}, "
+          f"transformers {np.mean(theirs):.4f}")  # fmt: skip
+    assert np.mean(ours) < 1.3 * np.mean(theirs) + 0.01
 
 
 def test_qwen2_vl_7b_with_dummy_weights(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def mm_backend(folder: Path, device: str = "cpu", batch: int = 256) -> Answer:
     """Greedy decoding by mm-core."""
     from mm_core import Engine, SamplingParams, TextPrompt
 
-    engine = Engine(str(folder), device=device)
+    engine = Engine.from_pretrained(folder, device=device)
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
 
     def answer(asked: list[Asked]) -> list[str]:

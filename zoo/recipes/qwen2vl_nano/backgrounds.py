@@ -110,8 +110,8 @@ def _stretch(coarse: Field, height: int, width: int) -> Field:
 
 
 BACKGROUNDS: dict[str, tuple[Callable[[np.random.Generator, int, int], Field], ...]] = {
-    "train": (plain, plain, gradient, radial, stripes, checker, dots, grain, blobs, scratches),
-    "heldout": (waves, rings, bricks, plaid),
+    "train": (plain, plain, gradient, radial, stripes, checker, dots, grain, blobs, scratches, rings),
+    "heldout": (waves, bricks, plaid),
 }
 
 

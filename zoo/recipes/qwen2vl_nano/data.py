@@ -27,7 +27,7 @@ TURNS = {1: 128, 2: 96}  # tokens of a pack, by the number of pictures
 SLOT_BYTES = 40 << 20
 WEIGHTS = {
     "shapes": {"count": 0.8, "colour": 0.7, "shape": 0.9, "position": 2.0, "biggest": 1, "relation_what": 2.5,
-               "relation_where": 2, "relation_yes_no": 2.5, "exists": 0.7, "list": 1.2},
+               "relation_where": 3, "relation_yes_no": 2.5, "exists": 0.7, "list": 1.2},
     "crowd": {"count": 5.0, "colour": 0.5, "shape": 0.5, "exists": 0.6, "list": 0.3, "biggest": 0.4},
     "text": {"word": 4.0, "number": 4, "ink": 1, "count": 0.04, "exists": 0.04, "colour": 0.04, "shape": 0.04},
     "mixed": {"word": 3.0, "number": 3, "ink": 1, "colour": 0.5, "shape": 0.5, "position": 0.5, "count": 0.5,

@@ -30,7 +30,8 @@ def pick(rng: np.random.Generator, values: tuple[str, ...] | list[str]) -> str:
 
 
 def _number(rng: np.random.Generator) -> str:
-    return str(int(rng.integers(*((0, 10), (10, 100), (100, 1000))[int(rng.integers(3))])))
+    digits = int(rng.choice(3, p=(0.3, 0.45, 0.25)))
+    return str(int(rng.integers(*((0, 10), (10, 100), (100, 1000))[digits])))
 
 
 def _free_spot(
@@ -87,10 +88,10 @@ def _distinct(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
 
 
 def _crowd(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Up to eight things of few kinds, for counting."""
+    """Up to six things of few kinds, for counting."""
     shapes = [pick(rng, SHAPES) for _ in range(int(rng.integers(1, 4)))]
     colours = [pick(rng, NAMES) for _ in range(int(rng.integers(1, 4)))]
-    return [(pick(rng, shapes), pick(rng, colours)) for _ in range(int(rng.integers(2, 9)))]
+    return [(pick(rng, shapes), pick(rng, colours)) for _ in range(int(rng.integers(2, 7)))]
 
 
 def _read(rng: np.random.Generator, scene: Scene, split: str, share: float) -> Mark | None:

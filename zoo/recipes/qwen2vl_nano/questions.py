@@ -132,7 +132,7 @@ def biggest(rng: np.random.Generator, scene: Scene) -> Answered:
 def _holds(side: str, thing: Thing, other: Thing, scene: Scene) -> bool | None:
     """Whether `thing` is on that side of `other`; None where it is too close to tell."""
     gap = (thing.x - other.x) if side in ("left of", "right of") else (thing.y - other.y)
-    near = 0.07 * (scene.width if side in ("left of", "right of") else scene.height) + 4
+    near = 0.12 * (scene.width if side in ("left of", "right of") else scene.height) + 6
     gap = -gap if side in ("left of", "above") else gap
     return None if abs(gap) < near else gap > 0
 

@@ -164,7 +164,7 @@ def print_mark(rng: np.random.Generator, text: str, kind: str, room: tuple[float
     shown = text.upper() if style < 0.3 else text.capitalize() if style < 0.5 else text
     left, top, right, bottom = _font(path, 40).getbbox(shown)
     largest = min(room[0] / (right - left), room[1] / (bottom - top)) * 40
-    smallest = 24 * 40 / 40
+    smallest = 30.0
     if largest < smallest:
         return None
     size = int(rng.uniform(smallest, min(largest, 110)))
