@@ -145,7 +145,9 @@ def measure(case: Case, theirs: Transformers, ours: Ours, rounds: int, seed: int
     theirs_s, ours_s = statistics.median(found["theirs"]), statistics.median(found["ours"])
     ratio = statistics.median(b / a for a, b in zip(found["theirs"], found["ours"], strict=True))
     pictures_text = "one for all" if case.shared else "all different"
-    return Row(case.dtype, case.requests, pictures_text, round(theirs_s, 1), round(ours_s, 1), round(ratio, 2), case.goal)
+    return Row(
+        case.dtype, case.requests, pictures_text, round(theirs_s, 1), round(ours_s, 1), round(ratio, 2), case.goal
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -167,7 +169,9 @@ def run_dtype(path: Path, dtype: str, rounds: int) -> list[Row]:
     prompt = make_prompt(reference)
     rows = []
     start = time.perf_counter()
-    with Engine.from_pretrained(path, dtype=NAMES[dtype], kv_cache_config=KvCacheConfig(num_blocks=1024), show_progress=False) as engine:
+    with Engine.from_pretrained(
+        path, dtype=NAMES[dtype], kv_cache_config=KvCacheConfig(num_blocks=1024), show_progress=False
+    ) as engine:
         print(f"{dtype}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
         for number, case in enumerate(CASES):
             if case.dtype == dtype:

@@ -16,7 +16,7 @@ import pytest
 import mm_core
 from mm_core import KvCacheConfig, MMError, errors, hookspecs
 from mm_core.cli import main
-from mm_core.engine.engine import BatchError
+from mm_core.errors import BatchError
 from mm_core.plugins import PluginRegistry
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ from support.e2e import GREEDY, IMAGE, ask, check_message, settle, turn
 from support.pictures import picture
 
 from mm_core import Engine, KvCacheConfig, MMError, RequestOutput, SamplingParams, TextPrompt
-from mm_core.engine.engine import BatchError
-from mm_core.errors import ConfigError, InvalidParamsError, InvalidPromptError
+from mm_core.errors import BatchError, ConfigError, InvalidParamsError, InvalidPromptError
 
 TEXT = "The quick brown fox jumps over the lazy"
 LONG = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)

@@ -17,9 +17,15 @@ from support.e2e import GREEDY, ask, check_message, settle
 from support.pictures import picture
 
 from mm_core import Engine, KvCacheConfig, RequestOutput, SamplingParams
-from mm_core.engine.engine import BatchError
 from mm_core.engine.messages import Abort
-from mm_core.errors import EngineClosedError, EngineError, InvalidPromptError, RequestAbortedError, RequestError
+from mm_core.errors import (
+    BatchError,
+    EngineClosedError,
+    EngineError,
+    InvalidPromptError,
+    RequestAbortedError,
+    RequestError,
+)
 
 TEXT = "The quick brown fox jumps over the lazy"
 LONG = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)

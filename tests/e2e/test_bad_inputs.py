@@ -86,11 +86,11 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "I2 JPEG without its last 128 bytes": (JPEG[:-128], "invalid_image"),
     "I2 half a PNG": (PNG[: len(PNG) // 2], "invalid_image"),
     "I2 cut off in the header": (PNG[:20], "invalid_image"),
-    "I3 PNG magic": (PNG[:8] + noise(500), "invalid_image|media_too_large"),
+    "I3 PNG magic": (PNG[:8] + noise(500), "invalid_image|image_too_large"),
     "I3 PNG header": (PNG[:33] + noise(500), "invalid_image"),
-    "I3 JPEG magic": (JPEG[:3] + noise(500), "invalid_image|media_too_large"),
-    "I3 GIF magic": (b"GIF89a\x10\0\x10\0" + noise(500), "invalid_image|media_too_large"),
-    "I3 WebP magic": (b"RIFF\0\2\0\0WEBPVP8 " + noise(500), "invalid_image|media_too_large"),
+    "I3 JPEG magic": (JPEG[:3] + noise(500), "invalid_image|image_too_large"),
+    "I3 GIF magic": (b"GIF89a\x10\0\x10\0" + noise(500), "invalid_image|image_too_large"),
+    "I3 WebP magic": (b"RIFF\0\2\0\0WEBPVP8 " + noise(500), "invalid_image|image_too_large"),
     "I3 BMP magic": (b"BM" + b"\0" * 500, "invalid_image"),
     "I4 SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported_media"),
     "I4 PDF": (b"%PDF-1.7\n" + noise(200), "unsupported_media"),
@@ -104,9 +104,9 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "I14 8192×1": (picture(1, 8192, 1), "image_aspect"),
     "I14 1×8192 PNG": (saved(picture(1, 1, 8192), "PNG"), "image_aspect"),
     "I14 201:1": (picture(1, 402, 2), "image_aspect"),
-    "I15 14000² header": (png_header(14000, 14000), "media_too_large"),
-    "I16 4e9×4e9": (png_header(4_000_000_000, 4_000_000_000), "media_too_large"),
-    "I16 4e9×1": (png_header(4_000_000_000, 1), "media_too_large"),
+    "I15 14000² header": (png_header(14000, 14000), "image_too_large"),
+    "I16 4e9×4e9": (png_header(4_000_000_000, 4_000_000_000), "image_too_large"),
+    "I16 4e9×1": (png_header(4_000_000_000, 1), "image_too_large"),
     "I16 0×0": (png_header(0, 0), "invalid_image"),
     "I19 padding": (data_url(PNG).rstrip("=") + "A", "invalid_image"),
     "I19 spaces": (data_url(PNG).replace("A", " A", 1), "invalid_image"),
@@ -209,7 +209,7 @@ def test_i15_a_png_bomb_takes_no_memory(engine: Engine, canary: Canary) -> None:
     """13300² pixels in a few kB: Pillow alone only warns, and takes 177 MB."""
     bomb = png_header(13300, 13300, zlib.compress(bytes(13300 * (1 + 13300 // 8 + 1)), 1))
     assert len(bomb) < 200_000
-    grown = peak_rss(lambda: refuse(engine, canary, ask(bomb), "media_too_large"))
+    grown = peak_rss(lambda: refuse(engine, canary, ask(bomb), "image_too_large"))
     assert grown < 50 * 2**20
     assert peak_rss(lambda: np.ones(80 * 2**20, np.uint8).sum()) > 70 * 2**20, "the measurement sees nothing"
 

@@ -18,8 +18,15 @@ from support.pictures import frames, picture
 from support.tiny import make_tiny_qwen2vl
 
 from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
-from mm_core.engine.engine import BatchError
-from mm_core.errors import CheckpointError, EngineError, InvalidParamsError, MMError, PluginError, UnsupportedModelError
+from mm_core.errors import (
+    BatchError,
+    CheckpointError,
+    EngineError,
+    InvalidParamsError,
+    MMError,
+    PluginError,
+    UnsupportedModelError,
+)
 
 NAN, INF = float("nan"), float("inf")
 

@@ -71,9 +71,7 @@ def test_image_sizes(
 
 
 @pytest.mark.parametrize("version", ["2", "2.5"])
-def test_two_images(
-    version: str, engine: Callable[..., Engine], reference: Callable[..., Reference]
-) -> None:
+def test_two_images(version: str, engine: Callable[..., Engine], reference: Callable[..., Reference]) -> None:
     prompt = turn(f"{IMAGE}The quick brown{IMAGE} fox jumps.")
     pair = [picture(4, 120, 90), picture(5, 84, 140)]
     wanted = reference(version).generate(prompt, pair)
@@ -83,9 +81,7 @@ def test_two_images(
 
 @pytest.mark.parametrize("version", ["2", "2.5"])
 @pytest.mark.parametrize("count", [2, 5])
-def test_video(
-    version: str, count: int, engine: Callable[..., Engine], reference: Callable[..., Reference]
-) -> None:
+def test_video(version: str, count: int, engine: Callable[..., Engine], reference: Callable[..., Reference]) -> None:
     prompt = turn(f"{VIDEO}Describe this image.")
     clip = frames(6, count)
     wanted = reference(version).generate(prompt, videos=[reference_video(clip, fps=2.0)])
@@ -139,9 +135,7 @@ def test_mixed_batch_equals_each_alone(
         check(output, answer)
 
 
-def test_chat_gives_transformers_prompt(
-    engine: Callable[..., Engine], reference: Callable[..., Reference]
-) -> None:
+def test_chat_gives_transformers_prompt(engine: Callable[..., Engine], reference: Callable[..., Reference]) -> None:
     ref = reference("2")
     content = [{"type": "image"}, {"type": "text", "text": "Describe this image."}]
     text = ref.tokenizer.apply_chat_template(

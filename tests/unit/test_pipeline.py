@@ -42,6 +42,7 @@ class StubProcessor:
     """Images become one row a 10 pixels of width; `prepare` is counted and may be held up or fail."""
 
     modalities = ("image",)
+    settings_key = b""
     tokenizer = TOKENIZER
 
     def __init__(self) -> None:

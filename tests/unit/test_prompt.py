@@ -32,6 +32,7 @@ class StubProcessor:
     """As a processor of the Qwen2-VL kind, with a template of its own and rows around a separator."""
 
     modalities = ("image", "video")
+    settings_key = b""
     verbatim = False
 
     def __init__(self) -> None:

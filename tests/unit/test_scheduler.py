@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from support.fake_model import World, expected_tokens, feature, make_request
 
 from mm_core.config import SamplingParams
-from mm_core.scheduler import Candidate, SampledToken, StepResult, longest_prefix_first
 from mm_core.errors import EngineError
+from mm_core.scheduler import Candidate, SampledToken, StepResult, longest_prefix_first
 from mm_core.types import FinishReason
 
 
@@ -75,7 +75,7 @@ def test_a_waiter_takes_over(how: str) -> None:
     world = World(max_tokens=40)
     prompt = list(range(10, 40))
     (first,) = world.add(make_request("a", prompt))
-    (second,) = world.add(make_request("b", prompt))
+    world.add(make_request("b", prompt))
     batch = world.scheduler.schedule()
     assert batch is not None
     assert world.scheduler.stats.deferred == 1
@@ -230,9 +230,7 @@ def test_policy_prefers_cached_prefixes_and_ages() -> None:
 
 
 MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9)]
-PARTS = st.lists(
-    st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14
-)
+PARTS = st.lists(st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14)
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2)),
@@ -270,7 +268,9 @@ def test_random_life(
     for name, *values in actions:
         if name == "add":
             parts, length, n = values
-            request = make_request(str(len(world.sequences)), parts, SamplingParams(max_tokens=length, temperature=0, n=n))
+            request = make_request(
+                str(len(world.sequences)), parts, SamplingParams(max_tokens=length, temperature=0, n=n)
+            )
             if len(request.token_ids) + length <= num_blocks * 4:
                 world.add(request)
         elif name == "step":

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from mm_core.config import EngineConfig, KvCacheConfig, SamplingParams
     from mm_core.engine.async_engine import AsyncEngine
     from mm_core.engine.engine import Engine
-    from mm_core.errors import MMError
+    from mm_core.errors import BatchError, MMError
     from mm_core.hookspecs import hookimpl
     from mm_core.types import CompletionOutput, RequestOutput, TextPrompt
 
 _HOMES = {
     "AsyncEngine": "engine.async_engine",
+    "BatchError": "errors",
     "CompletionOutput": "types",
     "Engine": "engine.engine",
     "EngineConfig": "config",
@@ -30,7 +31,20 @@ _HOMES = {
     "TextPrompt": "types",
     "hookimpl": "hookspecs",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [
+    "AsyncEngine",
+    "BatchError",
+    "CompletionOutput",
+    "Engine",
+    "EngineConfig",
+    "KvCacheConfig",
+    "MMError",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "__version__",
+    "hookimpl",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_SEED = 2**63 - 1
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -127,6 +128,8 @@ class SamplingParams(_Settings):
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_LOGIT_BIAS}")
         if any(not -100.0 <= v <= 100.0 for v in self.logit_bias.values()):
             raise ValueError("logit_bias values lie between -100 and 100")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} ids, the limit is {MAX_STOP_TOKEN_IDS}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         return self

@@ -20,6 +20,7 @@
     │   │   └── UnsupportedMediaError
     │   ├── MediaNotCachedError  a uuid without content whose content is gone
     │   └── RequestAbortedError
+    ├── BatchError               some requests of a list failed; holds the others' results
     └── EngineError              the engine itself failed
         ├── EngineClosedError
         └── OutOfMemoryError
@@ -29,6 +30,11 @@ and is what a server puts in an error body. (`OutOfMemoryError` is not Python's 
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm_core.types import RequestOutput
 
 
 class MMError(Exception):
@@ -131,9 +137,17 @@ class MediaDecodeError(MediaError):
 
 
 class MediaTooLargeError(MediaError):
-    """A ceiling on pixels, frames, samples or bytes, checked before the memory is taken."""
+    """A ceiling on pixels, frames, samples or bytes, checked before the memory is taken.
+
+    `code` is "image_too_large" for pictures.
+    """
 
     code = "media_too_large"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param)
+        if code is not None:
+            self.code = code
 
 
 class TooManyMediaError(MediaError):
@@ -158,6 +172,24 @@ class RequestAbortedError(RequestError):
     """The request was aborted before it finished."""
 
     code = "aborted"
+
+
+class BatchError(MMError):
+    """Some requests of a list failed; the others' results are kept.
+
+    outputs: as long as the list, None where a request failed. errors: index → what went wrong.
+    """
+
+    code = "batch_error"
+
+    def __init__(self, outputs: list[RequestOutput | None], errors: dict[int, MMError]) -> None:
+        index, first = next(iter(errors.items()))
+        super().__init__(
+            f"{len(errors)} of {len(outputs)} requests failed; the first is number {index}: {first} "
+            "The finished ones are in this error's .outputs, all faults in .errors."
+        )
+        self.outputs = outputs
+        self.errors = errors
 
 
 class EngineError(MMError):

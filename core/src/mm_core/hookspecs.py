@@ -107,10 +107,15 @@ class SamplingDefaults:
 
 @runtime_checkable
 class Processor(Protocol):
-    """Text and media to features. Thread-safe; torch only where tensors are made."""
+    """Text and media to features. Thread-safe; torch only where tensors are made.
+
+    A processor that reads videos may also have `video_sampling(request: MediaRequest) ->
+    media.VideoSampling`: which frames of a file to decode.
+    """
 
     tokenizer: Any
     modalities: tuple[Modality, ...]
+    settings_key: bytes  # the checkpoint's preprocessing settings, serialised; enters every media key
 
     def placeholder(self, modality: Modality) -> str:
         """The text that stands for one item in a prompt, e.g. `<|image_pad|>`."""

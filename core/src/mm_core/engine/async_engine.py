@@ -47,6 +47,12 @@ class AsyncEngine:
             raise RuntimeError("a request ended without an output")
         return last
 
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Answer one conversation (OpenAI messages)."""
+        return await self.generate(messages, sampling_params)
+
     def stream(
         self,
         prompt: str | TextPrompt | TextPromptDict | Sequence[Mapping[str, Any]],

@@ -7,7 +7,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mm_core.config import SamplingParams
@@ -82,22 +82,44 @@ class EngineCore:
             self._requests.pop(request_id, None)
 
     @property
+    def request_ids(self) -> list[str]:
+        """Requests that have not ended."""
+        return list(self._requests)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
     def step(self) -> list[TokenOutput]:
-        """Schedule, run and take in one step. A failing step ends the requests in it, no others."""
+        """Schedule, run and take in one step."""
         batch = self.scheduler.schedule()
         if batch is None:
             return self._stuck()
+        events = self.scheduler.update(batch, self._execute(batch))
+        return [self._report(event) for event in events]
+
+    def _execute(self, batch: ScheduledBatch) -> StepResult:
+        """Run a step. Where it fails, run its sequences one by one, so that only those at fault end.
+
+        Running one again is safe: it writes the same KV to the same slots.
+        """
         try:
-            result = self.runner.execute(batch)
+            return self.runner.execute(batch)
         except Exception as error:
             logger.exception("step %d failed", batch.step)
-            result = _failed_step(batch, error)
-        events = self.scheduler.update(batch, result)
-        return [self._report(event) for event in events]
+            if len(batch.sequences) <= 1:
+                return _failed_step(batch, error)
+        parts = []
+        for scheduled in batch.sequences:
+            held = scheduled.seq.held_media
+            encode = tuple(i for i in batch.encode if i.key in held and i.key not in self.runner.rows)
+            parts.append(self._execute(replace(batch, sequences=(scheduled,), encode=encode, evicted_media=())))
+        return StepResult(
+            {k: v for p in parts for k, v in p.sampled.items()},
+            {k: v for p in parts for k, v in p.failed.items()},
+            frozenset().union(*(p.failed_media for p in parts)),
+        )
 
     def _stuck(self) -> list[TokenOutput]:
         """Nothing could be scheduled though there is work: a request that can never run. End it."""
@@ -152,7 +174,13 @@ class EngineCore:
 
 
 def _failed_step(batch: ScheduledBatch, error: Exception) -> StepResult:
-    fault = error if isinstance(error, MMError) else EngineError(f"The step failed with {type(error).__name__}.")
+    fault = (
+        error
+        if isinstance(error, MMError)
+        else EngineError(
+            f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."
+        )
+    )
     if fault is not error:
         fault.__cause__ = error
     failed = {s.seq.seq_id: fault for s in batch.sequences}
@@ -203,7 +231,7 @@ class CoreThread:
             while self._take_messages():
                 if self._core.has_work:
                     self._deliver(self._core.step())
-            for request_id in list(self._core._requests):
+            for request_id in self._core.request_ids:
                 self._deliver(self._core.handle(Abort(request_id)))
         except Exception as error:
             logger.exception("the engine's loop failed")
@@ -216,7 +244,7 @@ class CoreThread:
             "the log. Close this engine and make a new one."
         )
         fault.__cause__ = error
-        ended = list(self._core._requests)
+        ended = self._core.request_ids
         while True:
             self._deliver([TokenOutput(i, 0, None, finish_reason=FinishReason.ERROR.value, error=fault) for i in ended])
             message = self._inbox.get()

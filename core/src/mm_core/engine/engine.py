@@ -12,30 +12,12 @@ from tqdm import tqdm
 
 from mm_core.config import SamplingParams
 from mm_core.engine.frontend import Frontend, build_config
-from mm_core.errors import EngineError, InvalidParamsError, InvalidPromptError, MMError
+from mm_core.errors import BatchError, EngineError, InvalidParamsError, InvalidPromptError, MMError
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
 Prompt = str | TextPrompt | TextPromptDict
 Messages = Sequence[Mapping[str, Any]]
 _PROGRESS_DELAY_S = 2.0
-
-
-class BatchError(MMError):
-    """Some requests of a list failed; the others' results are kept.
-
-    outputs: as long as the list, None where a request failed. errors: index → what went wrong.
-    """
-
-    code = "batch_error"
-
-    def __init__(self, outputs: list[RequestOutput | None], errors: dict[int, MMError]) -> None:
-        index, first = next(iter(errors.items()))
-        super().__init__(
-            f"{len(errors)} of {len(outputs)} requests failed; the first is number {index}: {first} "
-            "The finished ones are in this error's .outputs, all faults in .errors."
-        )
-        self.outputs = outputs
-        self.errors = errors
 
 
 class Engine:

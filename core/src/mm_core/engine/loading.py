@@ -16,7 +16,7 @@ from mm_core.checkpoint import LoadedCheckpoint, init_dummy_weights, load_weight
 from mm_core.config import EngineConfig
 from mm_core.decoders import default as default_decoder
 from mm_core.engine.core import EngineCore
-from mm_core.errors import ConfigError, NotBuiltError, OutOfMemoryError
+from mm_core.errors import CheckpointError, ConfigError, NotBuiltError, OutOfMemoryError
 from mm_core.hashing import get_hasher
 from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor
 from mm_core.inputs.pipeline import InputPipeline, eos_token_ids
@@ -71,6 +71,7 @@ def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -
         raise OutOfMemoryError(
             f"Model {name!r} does not fit {device} in {dtype}. Use a smaller dtype or a smaller model."
         ) from error
+    _check_vocabulary(name, processor, decoder)
     _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
     return LoadedModel(owner.family.name, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype)
 
@@ -90,6 +91,17 @@ def _resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
             f"Use {spec.max_model_len} or less."
         )
     return wanted
+
+
+def _check_vocabulary(name: str, processor: Processor, decoder: Decoder) -> None:
+    """Every id the tokenizer gives must have an embedding row."""
+    known = len(processor.tokenizer)
+    placeholders = [processor.placeholder_id(m) for m in processor.modalities]
+    if max([known - 1, *placeholders]) >= decoder.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {name!r} has {known} tokens, its language model {decoder.vocab_size}: they belong to "
+            "different checkpoints. Fetch tokenizer and weights from the same place."
+        )
 
 
 def _fill(config: EngineConfig, checkpoint: LoadedCheckpoint, targets: list[tuple[nn.Module, Any]]) -> None:

@@ -174,7 +174,7 @@ class InputPipeline:
         """Features of all items, in the order given: those with content first, then named ones."""
         if not given.items:
             return []
-        settings: bytes = getattr(self.processor, "settings_key", b"")
+        settings = self.processor.settings_key
         namespace = encode_fields((given.cache_salt, self.family, self.checkpoint_identity, settings))
         job = _Job(request, given.cache_salt, namespace, self._sampling(request), allow_paths)
         fresh = [index for index, item in enumerate(given.items) if item.value is not None]

@@ -114,7 +114,8 @@ def check_pixels(width: int, height: int, limit: int) -> None:
     if width * height > limit:
         raise MediaTooLargeError(
             f"The picture has {width}×{height} = {width * height} pixels; the limit is {limit}. "
-            "Scale it down, or raise max_image_pixels."
+            "Scale it down, or raise max_image_pixels.",
+            code="image_too_large",
         )
 
 
@@ -129,7 +130,9 @@ def _load(data: bytes, kind: str, limits: MediaLimits) -> Image.Image:
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaTooLargeError("The picture has more pixels than the image library opens. Scale it down.") from None
+        raise MediaTooLargeError(
+            "The picture has more pixels than the image library opens. Scale it down.", code="image_too_large"
+        ) from None
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise MediaDecodeError(
             f"The {kind} image is damaged or cut off and cannot be decoded. Save it again and resend it."

@@ -1,1 +1,1 @@
-
+"""The device side: batches to tensors, memory, encoders, forward passes, sampling."""

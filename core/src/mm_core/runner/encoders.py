@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from mm_core.errors import MMError, PluginError
 from mm_core.hookspecs import Encoder
 from mm_core.scheduler.sequence import EncodeItem
+
+logger = logging.getLogger(__name__)
 
 
 class EncoderRows:
@@ -58,9 +61,7 @@ class EncoderRows:
         self.calls += 1
         self.items += len(items)
         if len(outputs) != len(items):
-            raise PluginError(
-                f"Encoder of family {self._family!r} gave {len(outputs)} outputs for {len(items)} items."
-            )
+            raise PluginError(f"Encoder of family {self._family!r} gave {len(outputs)} outputs for {len(items)} items.")
         for item, rows in zip(items, outputs, strict=True):
             wanted = (item.feature.num_tokens, self._encoder.hidden_size)
             if tuple(rows.shape) != wanted:
@@ -68,11 +69,17 @@ class EncoderRows:
                     f"Encoder of family {self._family!r} gave rows of shape {tuple(rows.shape)} for an item "
                     f"that promised {wanted}. Processor and encoder of the plugin disagree."
                 )
-            self._rows[item.key] = rows
+            # A view would keep the whole pack alive until its last item is evicted.
+            shared = rows.untyped_storage().nbytes() > rows.nbytes
+            self._rows[item.key] = rows.clone() if shared else rows
 
     def _explain(self, error: Exception) -> MMError:
         if isinstance(error, MMError):
             return error
-        fault = PluginError(f"Encoder of family {self._family!r} failed with {type(error).__name__}.")
+        logger.error("encoder of family %s failed", self._family, exc_info=error)
+        fault = PluginError(
+            f"Encoder of family {self._family!r} failed with {type(error).__name__}. The log has the "
+            "details; report it to the plugin's author."
+        )
         fault.__cause__ = error
         return fault

@@ -20,7 +20,12 @@ _PROBE_SIDE = 896  # pixels: a large photograph, not a worst case nobody asked f
 
 @torch.inference_mode()
 def measure_peak(
-    decoder: Decoder, encoder: Encoder, processor: Processor, config: EngineConfig, encoder_budget: int, device: torch.device
+    decoder: Decoder,
+    encoder: Encoder,
+    processor: Processor,
+    config: EngineConfig,
+    encoder_budget: int,
+    device: torch.device,
 ) -> int:
     """Peak bytes above the weights of one step at its token and encoder budgets (GPU only)."""
     torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_core.config import EngineConfig
-from mm_core.errors import MMError, OutOfMemoryError
+from mm_core.errors import ConfigError, MMError, OutOfMemoryError
 from mm_core.hookspecs import Decoder, Encoder
 from mm_core.layers.context import ForwardContext
 from mm_core.runner.batch import BatchInputs, build_inputs
@@ -24,9 +24,7 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15  # spreads the seeds of a request's n answers 
 class ModelRunner:
     """Owns the device: modules, KV tensors and encoder rows."""
 
-    def __init__(
-        self, decoder: Decoder, encoder: Encoder, kv: KVCache, family: str, device: torch.device
-    ) -> None:
+    def __init__(self, decoder: Decoder, encoder: Encoder, kv: KVCache, family: str, device: torch.device) -> None:
         self.device = device
         self.kv = kv
         self.rows = EncoderRows(encoder, family)
@@ -56,9 +54,7 @@ class ModelRunner:
         sampled = self._sample(logits, chosen) if chosen else {}
         return StepResult(sampled, failed, frozenset(failed_media))
 
-    def _forward(
-        self, inputs: BatchInputs, failed_media: Mapping[bytes, MMError]
-    ) -> tuple[Tensor, dict[int, MMError]]:
+    def _forward(self, inputs: BatchInputs, failed_media: Mapping[bytes, MMError]) -> tuple[Tensor, dict[int, MMError]]:
         embeds = self._decoder.embed(inputs.token_ids)
         failed: dict[int, MMError] = {}
         for span in inputs.media:
@@ -102,7 +98,18 @@ def module_bytes(*modules: nn.Module) -> int:
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the first GPU where there is one, else the CPU. Raises ConfigError for what is not there."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={config.device!r} is not supported. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={config.device!r}: torch sees {torch.cuda.device_count()} CUDA devices. Use device='cpu', or "
+            "install a CUDA build of torch and a driver."
+        )
+    return device

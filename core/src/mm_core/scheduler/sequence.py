@@ -82,9 +82,7 @@ class Sequence:
         return self.contents[:count]
 
     def _media_in(self, start: int, end: int) -> list[tuple[bytes, int]]:
-        return [
-            (r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start
-        ]
+        return [(r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start]
 
 
 @dataclass(frozen=True)
