@@ -16,7 +16,6 @@ import pytest
 import mm_core
 from mm_core import KvCacheConfig, MMError, errors, hookspecs
 from mm_core.cli import main
-from mm_core.errors import BatchError
 from mm_core.plugins import PluginRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,8 +183,7 @@ def test_every_field_of_the_contract_is_documented(name):
 
 
 def error_classes() -> list[type[MMError]]:
-    found = [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, MMError)]
-    return [*found, BatchError]
+    return [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, MMError)]
 
 
 def test_every_error_is_documented_with_its_code():

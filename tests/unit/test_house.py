@@ -43,8 +43,8 @@ def test_families_are_told_without_torch():
 
 def test_public_names():
     assert mm_core.__all__ == [
-        "AsyncEngine", "CompletionOutput", "Engine", "EngineConfig", "KvCacheConfig", "MMError", "RequestOutput",
-        "SamplingParams", "TextPrompt", "hookimpl", "__version__",
+        "AsyncEngine", "BatchError", "CompletionOutput", "Engine", "EngineConfig", "KvCacheConfig", "MMError",
+        "RequestOutput", "SamplingParams", "TextPrompt", "__version__", "hookimpl",
     ]  # fmt: skip
     for name in mm_core.__all__:
         assert getattr(mm_core, name) is not None

@@ -19,32 +19,14 @@ if TYPE_CHECKING:
     from mm_core.types import CompletionOutput, RequestOutput, TextPrompt
 
 _HOMES = {
-    "AsyncEngine": "engine.async_engine",
-    "BatchError": "errors",
-    "CompletionOutput": "types",
-    "Engine": "engine.engine",
-    "EngineConfig": "config",
-    "KvCacheConfig": "config",
-    "MMError": "errors",
-    "RequestOutput": "types",
-    "SamplingParams": "config",
-    "TextPrompt": "types",
-    "hookimpl": "hookspecs",
-}
+    "AsyncEngine": "engine.async_engine", "BatchError": "errors", "CompletionOutput": "types",
+    "Engine": "engine.engine", "EngineConfig": "config", "KvCacheConfig": "config", "MMError": "errors",
+    "RequestOutput": "types", "SamplingParams": "config", "TextPrompt": "types", "hookimpl": "hookspecs",
+}  # fmt: skip
 __all__ = [
-    "AsyncEngine",
-    "BatchError",
-    "CompletionOutput",
-    "Engine",
-    "EngineConfig",
-    "KvCacheConfig",
-    "MMError",
-    "RequestOutput",
-    "SamplingParams",
-    "TextPrompt",
-    "__version__",
-    "hookimpl",
-]
+    "AsyncEngine", "BatchError", "CompletionOutput", "Engine", "EngineConfig", "KvCacheConfig", "MMError",
+    "RequestOutput", "SamplingParams", "TextPrompt", "__version__", "hookimpl",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

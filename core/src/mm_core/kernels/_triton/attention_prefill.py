@@ -97,7 +97,6 @@ def prefill_kernel(
         kv_len = q_len
         k_ptr += q_start.to(tl.int64) * stride_kt
         v_ptr += q_start.to(tl.int64) * stride_vt
-
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     tokens = first + rows // GROUP
