@@ -68,6 +68,7 @@ def test_equals_the_reference(case, backend):
         check(case, backend, dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("case", LONG, ids=str)

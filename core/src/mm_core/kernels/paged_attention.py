@@ -1,5 +1,10 @@
 """Attention over the paged KV cache: decode, prefill, mixed batches and cross-attention."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +27,7 @@ def paged_attention(
     causal: bool = True,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    plan: CpuPlan | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v for every sequence of a batch (Vaswani et al. 2017, eq. 1), in float32.
 
@@ -38,10 +44,13 @@ def paged_attention(
         index is its position when causal, and its row within the sequence, i, when not.
     out: [T, Hq, D] to write to, last dim contiguous; new if None. Rows outside cu_seqlens_q are not written.
 
+    plan: `plan_cpu` of the same tables, for callers with many layers; without a GPU only.
+
     Queries that see no key give zeros.
     """
     if q.device.type != "cuda":
-        return _paged_attention_cpu(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, causal, bias, out)
+        plan = plan or plan_cpu(block_tables, cu_seqlens_q, kv_lens, k_cache.shape[1])
+        return _paged_attention_cpu(q, k_cache, v_cache, plan, scale, causal, bias, out)
     return paged_attention_triton(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens,
         max_q_len=max_q_len, max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, out=out,
@@ -81,44 +90,43 @@ def paged_attention_triton(
     return result
 
 
-def _paged_attention_cpu(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    scale: float,
-    causal: bool,
-    bias: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Single-token sequences together in a few calls, longer ones one by one."""
-    result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+@dataclass(frozen=True)
+class _Singles:
+    """Sequences with one query each that one call serves: their rows, keys' slots and mask.
+
+    slots: [S * longest] int64 into the flattened cache, places past a sequence's end repeating its
+    last key (what lies past the end may be NaN, which no mask removes); None for one sequence.
+    """
+
+    seqs: list[int]
+    rows: list[int]
+    lens: list[int]
+    longest: int
+    slots: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """What the CPU path derives from a batch's block tables: the same for all layers of a step."""
+
+    bounds: list[int]
+    lengths: list[int]
+    blocks: list[list[int]]
+    chunks: list[int]
+    singles: list[_Singles]
+
+
+def plan_cpu(block_tables: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, block_size: int) -> CpuPlan:
+    """The plan of a batch, arguments as `paged_attention`'s. Make it once a step, pass it to every layer."""
     bounds: list[int] = cu_seqlens_q.tolist()
     lengths: list[int] = kv_lens.tolist()
-    singles: list[int] = []
-    for seq, kv_len in enumerate(lengths):
-        start, end = bounds[seq], bounds[seq + 1]
-        if kv_len == 0:
-            result[start:end] = 0
-        elif end - start == 1:
-            singles.append(seq)
-        elif end > start:
-            k = _gather(k_cache, block_tables[seq], kv_len)
-            v = _gather(v_cache, block_tables[seq], kv_len)
-            _attend_one(q[start:end], k, v, result[start:end], scale, causal, bias)
-    for seqs in _similar(singles, lengths):
-        lens = [lengths[seq] for seq in seqs]
-        k, v = _gather_many(k_cache, v_cache, block_tables, seqs, lens)
-        rows = [bounds[seq] for seq in seqs]
-        # The rows of a batch that only decodes are its queries as they stand.
-        whole = len(rows) == q.shape[0]
-        attended = _attend_singles(q if whole else q[rows], k, v, lens, scale, causal, bias)
-        if whole and out is None:
-            return attended
-        result[rows] = attended
-    return result
+    blocks = [row[: -(-n // block_size)] for row, n in zip(block_tables.tolist(), lengths, strict=True)]
+    queries = [end - start for start, end in pairwise(bounds)]
+    singles = [s for s, n in enumerate(queries) if n == 1 and lengths[s] > 0]
+    chunks = [s for s, n in enumerate(queries) if n > 0 and not (n == 1 and lengths[s] > 0)]
+    groups = [_plan_singles(g, bounds, lengths, block_tables, block_size) for g in _similar(singles, lengths)]
+    return CpuPlan(bounds, lengths, blocks, chunks, groups)
 
 
 def _similar(seqs: list[int], lengths: list[int]) -> list[list[int]]:
@@ -134,66 +142,95 @@ def _similar(seqs: list[int], lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _gather(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
+def _plan_singles(
+    seqs: list[int], bounds: list[int], lengths: list[int], block_tables: Tensor, block_size: int
+) -> _Singles:
+    lens = [lengths[s] for s in seqs]
+    rows, longest = [bounds[s] for s in seqs], max(lens)
+    if len(seqs) == 1:
+        return _Singles(seqs, rows, lens, longest, None, None)
+    limits = torch.tensor(lens)[:, None]
+    tokens = torch.minimum(torch.arange(longest)[None, :], limits - 1)
+    blocks = block_tables[seqs].long().gather(1, tokens // block_size)
+    mask = (torch.arange(longest) < limits)[:, None, None, :] if min(lens) < longest else None
+    return _Singles(seqs, rows, lens, longest, (blocks * block_size + tokens % block_size).view(-1), mask)
+
+
+def _paged_attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: CpuPlan,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Single-token sequences together in a few calls, longer ones one by one."""
+    # The rows of a batch that only decodes are its queries as they stand.
+    whole = len(plan.singles) == 1 and plan.singles[0].rows == list(range(q.shape[0]))
+    if whole and out is None:
+        return _attend_singles(q, k_cache, v_cache, plan, plan.singles[0], scale, causal, bias)
+    result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+    for seq in plan.chunks:
+        start, end, kv_len = plan.bounds[seq], plan.bounds[seq + 1], plan.lengths[seq]
+        if kv_len == 0:
+            result[start:end] = 0
+            continue
+        k, v = (_gather(cache, plan.blocks[seq], kv_len) for cache in (k_cache, v_cache))
+        _attend_one(q[start:end], k, v, result[start:end], scale, causal, bias)
+    for group in plan.singles:
+        result[group.rows] = _attend_singles(q[group.rows], k_cache, v_cache, plan, group, scale, causal, bias)
+    return result
+
+
+def _gather(cache: Tensor, blocks: list[int], kv_len: int) -> Tensor:
     """[kv_len, Hkv, D] of one sequence: a view where its blocks lie one after another."""
-    block_size = cache.shape[1]
-    count = -(-kv_len // block_size)
-    blocks: list[int] = table[:count].tolist()
-    if blocks == list(range(blocks[0], blocks[0] + count)):
-        picked = cache[blocks[0] : blocks[0] + count]
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        picked = cache[blocks[0] : blocks[0] + len(blocks)]
     else:
-        picked = cache.index_select(0, table[:count])
+        picked = cache.index_select(0, torch.tensor(blocks))
     return picked.flatten(0, 1)[:kv_len]
 
 
-def _gather_many(
-    k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seqs: list[int], lens: list[int]
-) -> tuple[Tensor, Tensor]:
-    """K and V [S, N, Hkv, D], N the longest; places past a sequence's end repeat its last key."""
-    if len(seqs) == 1:
-        table = block_tables[seqs[0]]
-        return _gather(k_cache, table, lens[0])[None], _gather(v_cache, table, lens[0])[None]
-    _, block_size, num_heads, head_size = k_cache.shape
-    longest = max(lens)
-    # Not past the end: what lies there may be NaN, which no mask removes.
-    tokens = torch.arange(longest)[None, :]
-    if min(lens) < longest:
-        tokens = torch.minimum(tokens, torch.tensor(lens)[:, None] - 1)
+def _pick(cache: Tensor, plan: CpuPlan, group: _Singles) -> Tensor:
+    """Keys or values [S, longest, Hkv, D] of a group."""
+    if group.slots is None:
+        return _gather(cache, plan.blocks[group.seqs[0]], group.longest)[None]
+    block_size = cache.shape[1]
+    if cache.stride(0) == block_size * cache.stride(1):
+        rows = cache.flatten(0, 1).index_select(0, group.slots)
     else:
-        tokens = tokens.expand(len(seqs), -1)
-    tables = block_tables if seqs == list(range(block_tables.shape[0])) else block_tables[seqs]
-    slots = tables.long().gather(1, tokens // block_size) * block_size + tokens % block_size
-
-    def pick(cache: Tensor) -> Tensor:
-        if cache.stride(0) == block_size * cache.stride(1):
-            rows = cache.flatten(0, 1).index_select(0, slots.view(-1))
-        else:
-            rows = cache[slots.view(-1) // block_size, slots.view(-1) % block_size]
-        return rows.view(len(seqs), longest, num_heads, head_size)
-
-    return pick(k_cache), pick(v_cache)
+        rows = cache[group.slots // block_size, group.slots % block_size]
+    return rows.view(len(group.seqs), group.longest, *cache.shape[2:])
 
 
 def _attend_singles(
-    q: Tensor, k: Tensor, v: Tensor, lens: list[int], scale: float, causal: bool, bias: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: CpuPlan,
+    group: _Singles,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
 ) -> Tensor:
-    """One query a sequence: q [S, Hq, D], k and v [S, N, Hkv, D] -> [S, Hq, D].
+    """One query a sequence: q [S, Hq, D] -> [S, Hq, D].
 
     The query heads of one KV head stand in as its queries: no key is copied for them.
     """
+    k, v = _pick(k_cache, plan, group), _pick(v_cache, plan, group)
     count, num_heads, head_size = q.shape
     num_kv_heads, longest = k.shape[2], k.shape[1]
-    group = num_heads // num_kv_heads
-    mask: Tensor | None = None
-    if min(lens) < longest:
-        mask = (torch.arange(longest) < torch.tensor(lens)[:, None])[:, None, None, :]
+    heads = num_heads // num_kv_heads
+    mask = group.mask
     if bias is not None:
-        row = torch.tensor(lens) - 1 if causal else torch.zeros(count, dtype=torch.long)
+        row = torch.tensor(group.lens) - 1 if causal else torch.zeros(count, dtype=torch.long)
         added = bias[:, row, :longest].float().transpose(0, 1)  # [S, Hb, N]
-        added = added.view(count, num_kv_heads, group, -1) if bias.shape[0] > 1 else added[:, None]
+        added = added.view(count, num_kv_heads, heads, -1) if bias.shape[0] > 1 else added[:, None]
         mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
     out = F.scaled_dot_product_attention(
-        q.reshape(count, num_kv_heads, group, head_size), k.transpose(1, 2), v.transpose(1, 2),
+        q.reshape(count, num_kv_heads, heads, head_size), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype), scale=scale,
     )  # fmt: skip
     return out.reshape(count, num_heads, head_size)

@@ -49,4 +49,5 @@ class PagedAttention(nn.Module):
             scale=self.scale,
             causal=table.causal,
             bias=bias,
+            plan=table.cpu_plan,
         )

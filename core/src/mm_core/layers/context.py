@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mm_core.kernels.paged_attention import CpuPlan
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -25,6 +27,7 @@ class AttentionMetadata:
     max_q_len: int
     max_kv_len: int
     causal: bool = True
+    cpu_plan: CpuPlan | None = None  # without a GPU: what all layers' attention shares
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm_core.kernels.paged_attention import plan_cpu
 from mm_core.layers.context import AttentionMetadata
 from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence
 
@@ -100,13 +101,13 @@ def _self_table(
     owner = np.repeat(np.arange(len(scheduled)), lengths)
     place = np.arange(int(bounds[-1])) - bounds[:-1][owner] + starts[owner]
     slots = tables[owner, place // block_size].astype(np.int64) * block_size + place % block_size
+    on_device = [_to(array, device) for array in (tables, bounds, kv_lens)]
     return AttentionMetadata(
-        block_tables=_to(tables, device),
-        cu_seqlens_q=_to(bounds, device),
-        kv_lens=_to(kv_lens, device),
+        *on_device,
         slot_mapping=_to(slots, device),
         max_q_len=int(lengths.max()),
         max_kv_len=int(kv_lens.max()),
+        cpu_plan=plan_cpu(*on_device, block_size) if device.type == "cpu" else None,
     )
 
 
