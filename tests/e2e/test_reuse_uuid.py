@@ -40,7 +40,7 @@ def work(engine: Engine) -> Iterator[Work]:
     yield done
     after = engine.stats()
     done.encoded = after["encoder_calls"] - before["encoder_calls"]
-    done.prepared = after["processor_cache"].misses - before["processor_cache"].misses
+    done.prepared = after["processor_cache"]["misses"] - before["processor_cache"]["misses"]
     done.cached_tokens = after["cached_tokens"] - before["cached_tokens"]
     settle(engine)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from kernels.cases import CUDA, can_interpret
 
-
 if not CUDA and not can_interpret():
 
     def test_the_kernels_pass_in_a_process_of_their_own():

@@ -205,6 +205,35 @@ def test_abort_while_a_step_is_in_flight_keeps_blocks_pending() -> None:
     assert world.scheduler.pool.counts() == {"free": 32, "cached": 0, "in_use": 0, "pending": 0}
 
 
+def test_a_failed_item_is_encoded_anew_for_who_else_held_it() -> None:
+    """A's step failed with the item, B's did not: B goes on and has it made again."""
+    world = World(max_tokens=24)
+    x = feature("x", 20)
+    (a,) = world.add(make_request("a", [10, x, 11]))
+    world.add(make_request("b", [12, x, 13, 14]))
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    result = world.runner.execute(batch)
+    world.runner.rows.clear()
+    failed = StepResult(result.sampled, {a.seq_id: EngineError("broken")}, frozenset({b"x"}))
+    world.scheduler.update(batch, failed)
+    world.sequences.remove(a)
+    world.run()
+    assert world.runner.encoded.count(b"x") == 2
+    check_all(world)
+
+
+def test_admission_leaves_room_for_prompts_under_way() -> None:
+    """A long prompt that runs in chunks keeps the blocks it will want: nobody is preempted for it."""
+    world = World(num_blocks=24, max_tokens=8)
+    world.add(make_request("long", range(8, 88), greedy(2)))
+    world.step()
+    world.add(make_request("late", [*range(8, 48), 9], greedy(2)))
+    world.run()
+    assert world.scheduler.stats.preemptions == 0
+    check_all(world)
+
+
 def test_stop_ids_and_limits() -> None:
     prompt = list(range(10, 20))
     wanted = expected_tokens(make_request("x", prompt), 6)

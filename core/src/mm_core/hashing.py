@@ -85,16 +85,21 @@ def media_key(hasher: Hasher, namespace: bytes, variant: bytes, digest: bytes, u
 
 
 def block_key(
-    hasher: Hasher, parent: bytes, token_ids: Sequence[int], media: Sequence[tuple[bytes, int]], context: bytes
+    hasher: Hasher,
+    parent: bytes,
+    token_ids: Sequence[int],
+    media: Sequence[tuple[bytes, int]],
+    context: bytes,
+    positions: bytes = b"",
 ) -> bytes:
     """Key of one full KV block, chained to its parent's.
 
     token_ids: the block's ids. media: (media key, offset in the item) for each item that touches
     the block, the offset being that of the block's first token of the item. context: salt and
-    what `Fusion.condition` read.
+    what `Fusion.condition` read. positions: of the block's tokens, where they are not their indices.
     """
     ids = struct.pack(f"<{len(token_ids)}q", *token_ids)
-    fields: list[Field] = [parent, ids, context, len(media)]
+    fields: list[Field] = [parent, ids, context, positions, len(media)]
     for key, offset in media:
         fields += [key, offset]
     return hasher(encode_fields(fields))

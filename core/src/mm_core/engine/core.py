@@ -93,9 +93,10 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Schedule, run and take in one step."""
+        preemptions = self.scheduler.stats.preemptions
         batch = self.scheduler.schedule()
         if batch is None:
-            return self._stuck()
+            return self._stuck() if self.scheduler.stats.preemptions == preemptions else []
         events = self.scheduler.update(batch, self._execute(batch))
         return [self._report(event) for event in events]
 
@@ -106,10 +107,10 @@ class EngineCore:
         """
         try:
             return self.runner.execute(batch)
-        except Exception as error:
+        except BaseException as error:  # a plugin's sys.exit, too: nobody else would ever hear
             logger.exception("step %d failed", batch.step)
             if len(batch.sequences) <= 1:
-                return _failed_step(batch, error)
+                return self._failed_step(batch, error)
         parts = []
         for scheduled in batch.sequences:
             held = scheduled.seq.held_media
@@ -120,6 +121,15 @@ class EngineCore:
             {k: v for p in parts for k, v in p.failed.items()},
             frozenset().union(*(p.failed_media for p in parts)),
         )
+
+    def _failed_step(self, batch: ScheduledBatch, error: BaseException) -> StepResult:
+        fault = error if isinstance(error, MMError) else EngineError(
+            f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."
+        )  # fmt: skip
+        if fault is not error:
+            fault.__cause__ = error
+        failed = {s.seq.seq_id: fault for s in batch.sequences}
+        return StepResult({}, failed, frozenset(i.key for i in batch.encode if i.key not in self.runner.rows))
 
     def _stuck(self) -> list[TokenOutput]:
         """Nothing could be scheduled though there is work: a request that can never run. End it."""
@@ -151,6 +161,10 @@ class EngineCore:
             error=event.error,
         )
 
+    def release(self) -> None:
+        """Give the device's memory back: modules, KV tensors, encoder rows. The books stay readable."""
+        self.runner.release()
+
     def stats(self) -> dict[str, Any]:
         """Counters of scheduler, blocks and encoder."""
         scheduler = self.scheduler
@@ -171,20 +185,6 @@ class EngineCore:
             },
             "kv_cache_bytes": self.runner.kv.bytes,
         }
-
-
-def _failed_step(batch: ScheduledBatch, error: Exception) -> StepResult:
-    fault = (
-        error
-        if isinstance(error, MMError)
-        else EngineError(
-            f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."
-        )
-    )
-    if fault is not error:
-        fault.__cause__ = error
-    failed = {s.seq.seq_id: fault for s in batch.sequences}
-    return StepResult({}, failed, frozenset(item.key for item in batch.encode))
 
 
 class CoreThread:
@@ -227,17 +227,18 @@ class CoreThread:
             self._thread.join()
 
     def _run(self) -> None:
+        self._core.runner.use_device()
         try:
             while self._take_messages():
                 if self._core.has_work:
                     self._deliver(self._core.step())
             for request_id in self._core.request_ids:
                 self._deliver(self._core.handle(Abort(request_id)))
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the engine's loop failed")
             self._refuse_all(error)
 
-    def _refuse_all(self, error: Exception) -> None:
+    def _refuse_all(self, error: BaseException) -> None:
         """The books cannot be trusted any more: end every request, those to come too, until close()."""
         fault = EngineError(
             f"The engine's loop failed with {type(error).__name__}. This is a bug in mm-core: please report it with "

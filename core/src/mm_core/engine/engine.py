@@ -132,7 +132,7 @@ class Engine:
     def wait_idle(self, timeout: float = 10.0) -> None:
         """Wait until nothing runs or waits; EngineError after `timeout` seconds."""
         end = time.monotonic() + timeout
-        while (stats := self.stats())["running"] or stats["waiting"]:
+        while self._frontend.num_live or (stats := self.stats())["running"] or stats["waiting"]:
             if time.monotonic() > end:
                 raise EngineError(f"Requests still run after {timeout} s.")
             time.sleep(0.005)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
@@ -26,10 +27,12 @@ Listener = Callable[[RequestOutput | MMError], None]
 
 @dataclass
 class _Live:
-    """A request between `add` and its end. text is None until preprocessing is done."""
+    """A request between `add` and its end. ask is what to prepare, until that begins; text is None
+    until it is done."""
 
     listener: Listener
     stream: bool
+    ask: tuple[Any, SamplingParams, bool | None] | None
     text: RequestText | None = None
     request: PreparedRequest | None = None
     open: set[int] = field(default_factory=set)
@@ -55,6 +58,9 @@ class Frontend:
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
         self._closed = False
+        # Prepared media take memory until their request ends: only so many are begun at a time.
+        self._room = 2 * config.max_num_seqs
+        self._queued: deque[str] = deque()
         self._thread = CoreThread(self._core, self._on_outputs)
 
     # -- requests --------------------------------------------------------------------------
@@ -77,30 +83,44 @@ class Frontend:
                 f"sampling_params is a {type(params).__name__}; give SamplingParams(...).", param="sampling_params"
             )
         request_id = f"req-{next(self._ids)}"
-        live = _Live(listener, stream)
+        live = _Live(listener, stream, (prompt, params, apply_chat_template))
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
             self._live[request_id] = live
-        try:
-            future = self.pipeline.submit(request_id, prompt, params, apply_chat_template)
-        except EngineClosedError:  # closed since the look above
-            self._live.pop(request_id, None)
-            raise
-        live.preparing = future
-        future.add_done_callback(lambda done: self._on_prepared(request_id, done))
+            self._queued.append(request_id)
+        self._begin_queued()
         return request_id
+
+    def _begin_queued(self) -> None:
+        """Begin to prepare queued requests, in order of arrival, while there is room."""
+        while True:
+            with self._lock:
+                if self._closed or not self._queued or self._room <= 0:
+                    return
+                request_id = self._queued.popleft()
+                live = self._live.get(request_id)
+                if live is None or live.ask is None:  # aborted while it was queued
+                    continue
+                ask, live.ask = live.ask, None
+                self._room -= 1
+            try:
+                live.preparing = self.pipeline.submit(request_id, *ask)
+            except MMError as error:  # closed since the look above
+                self._end(request_id, error)
+            else:
+                live.preparing.add_done_callback(lambda done, i=request_id: self._on_prepared(i, done))  # type: ignore[misc]
 
     def _on_prepared(self, request_id: str, done: Future[PreparedRequest]) -> None:
         try:
             request = done.result()
         except CancelledError:
-            self._end(request_id, RequestAbortedError("The request was aborted before it ran."))
+            self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
             return
         except MMError as error:
             self._end(request_id, error)
             return
-        except Exception as error:
+        except BaseException as error:  # a plugin's sys.exit, a tokenizer's panic: this thread must live on
             self._end(request_id, _fault("Preparing the request", error))
             return
         with self._lock:
@@ -133,8 +153,11 @@ class Frontend:
     def _end(self, request_id: str, result: RequestOutput | MMError) -> None:
         with self._lock:
             live = self._live.pop(request_id, None)
+            if live is not None and live.ask is None:
+                self._room += 1
         if live is not None:
-            live.listener(result)
+            _tell(live, result)
+        self._begin_queued()
 
     # -- outputs (in the core's thread) ----------------------------------------------------
 
@@ -142,7 +165,7 @@ class Frontend:
         for output in outputs:
             try:
                 self._on_output(output)
-            except Exception as error:  # of one request's text; the others' tokens are behind it in the list
+            except BaseException as error:  # of one request's text; the others' tokens are behind it in the list
                 logger.warning("request %s failed", output.request_id, exc_info=True)
                 self._fail(output.request_id, _fault("Making text of the tokens", error))
 
@@ -155,13 +178,13 @@ class Frontend:
         elif output.index not in live.open:
             return
         elif output.finish_reason == "abort":
-            self._end(output.request_id, RequestAbortedError("The engine was closed before the request ended."))
+            self._end(output.request_id, EngineClosedError("The engine was closed before the request ended."))
         else:
             self._on_token(live, live.text, output)
 
     def _fail(self, request_id: str, error: MMError) -> None:
-        self._end(request_id, error)
         self._thread.send(Abort(request_id))
+        self._end(request_id, error)
 
     def _on_token(self, live: _Live, text: RequestText, output: TokenOutput) -> None:
         tokens = [] if output.token_id is None else [output.token_id]
@@ -175,13 +198,18 @@ class Frontend:
         if not live.open:
             self._end(output.request_id, text.output(live.usage))
         elif live.stream:
-            live.listener(text.output(live.usage))
+            _tell(live, text.output(live.usage))
 
     # -- the rest --------------------------------------------------------------------------
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended, queued and being prepared ones included."""
+        return len(self._live)
+
     def stats(self) -> dict[str, Any]:
         """Counters of engine core and input pipeline."""
-        return {**self._thread.stats(), "processor_cache": self.pipeline.stats()}
+        return {**self._thread.stats(), "processor_cache": asdict(self.pipeline.stats())}
 
     def clear_cache(self) -> None:
         """Forget reusable KV blocks."""
@@ -197,9 +225,19 @@ class Frontend:
         self._thread.close()
         for request_id in list(self._live):
             self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
+        self._core.release()
+        del self.model
 
 
-def _fault(what: str, error: Exception) -> MMError:
+def _tell(live: _Live, result: RequestOutput | MMError) -> None:
+    """Call a listener; its fault is its own, not other requests'."""
+    try:
+        live.listener(result)
+    except Exception:
+        logger.exception("a listener failed")
+
+
+def _fault(what: str, error: BaseException) -> MMError:
     """What the caller is told of an unforeseen error: its kind; the rest is for the log."""
     if isinstance(error, MMError):
         return error
@@ -215,7 +253,8 @@ def _count(usage: Usage, output: TokenOutput) -> Usage:
         usage,
         completion_tokens=usage.completion_tokens + (output.token_id is not None),
         cached_tokens=output.cached_tokens if first else usage.cached_tokens,
-        encoded_media_tokens=max(usage.encoded_media_tokens, output.encoded_rows),
+        # An item encoded again after a preemption counts once: more than there is was not asked for.
+        encoded_media_tokens=min(max(usage.encoded_media_tokens, output.encoded_rows), usage.media_tokens),
     )
 
 

@@ -54,6 +54,8 @@ def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -
     checkpoint = open_checkpoint(name, revision=config.revision, show_progress=config.show_progress)
     owner = registry.resolve(checkpoint.architectures, model=name)
     device = resolve_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = resolve_dtype(config.dtype, checkpoint, device)
     spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
     max_model_len = _resolve_length(name, config, spec)

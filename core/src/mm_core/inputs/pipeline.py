@@ -37,7 +37,7 @@ from mm_core.types import MediaFeature, MediaItem, Modality, PlaceholderRange, P
 MAX_NAMES = 65536
 MAX_THREADS = 8
 
-Name = tuple[str | None, Modality, str]  # (salt, modality, uuid)
+Name = tuple[str | None, Modality, str, str]  # (salt, modality, uuid, frame sampling)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class _Job:
     namespace: bytes
     sampling: VideoSampling
     allow_paths: bool
+
+
+def _name(job: _Job, modality: Modality, uuid: str) -> Name:
+    """What a uuid stands for: of a video, the frames that these settings pick."""
+    return job.salt, modality, uuid, repr(job.sampling) if modality == "video" else ""
 
 
 @dataclass(eq=False)
@@ -182,7 +187,7 @@ class InputPipeline:
         for index, (media, _) in loaded.items():
             uuid = given.items[index].uuid
             if uuid is not None:
-                self._names.put((job.salt, media.modality, uuid), replace(media, data=None))
+                self._names.put(_name(job, media.modality, uuid), replace(media, data=None))
         return [
             loaded[index][1] if index in loaded else self._recall(item, job) for index, item in enumerate(given.items)
         ]
@@ -219,7 +224,7 @@ class InputPipeline:
 
     def _recall(self, given: GivenItem, job: _Job) -> MediaFeature:
         """The feature of the latest content given under a uuid, in the same salt."""
-        media = self._names.get((job.salt, given.modality, given.uuid or ""))
+        media = self._names.get(_name(job, given.modality, given.uuid or ""))
         feature = None
         if media is not None:
             key, _ = self._key(media, given.uuid, job)

@@ -261,7 +261,7 @@ def guarded(family: str, hook: str, call: Callable[[], Any]) -> Any:
         return call()
     except MMError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"Plugin {family!r} failed in {hook}() with {type(error).__name__}. Report it to the plugin's author."
         ) from error

@@ -101,13 +101,16 @@ def _self_table(
     owner = np.repeat(np.arange(len(scheduled)), lengths)
     place = np.arange(int(bounds[-1])) - bounds[:-1][owner] + starts[owner]
     slots = tables[owner, place // block_size].astype(np.int64) * block_size + place % block_size
-    on_device = [_to(array, device) for array in (tables, bounds, kv_lens)]
+    block_tables, cu_seqlens_q, lens = (_to(array, device) for array in (tables, bounds, kv_lens))
+    on_cpu = device.type == "cpu"
     return AttentionMetadata(
-        *on_device,
+        block_tables,
+        cu_seqlens_q,
+        lens,
         slot_mapping=_to(slots, device),
         max_q_len=int(lengths.max()),
         max_kv_len=int(kv_lens.max()),
-        cpu_plan=plan_cpu(*on_device, block_size) if device.type == "cpu" else None,
+        cpu_plan=plan_cpu(block_tables, cu_seqlens_q, lens, block_size) if on_cpu else None,
     )
 
 

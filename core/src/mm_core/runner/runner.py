@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,9 +28,23 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, encoder: Encoder, kv: KVCache, family: str, device: torch.device) -> None:
         self.device = device
         self.kv = kv
-        self.rows = EncoderRows(encoder, family)
+        self.rows = EncoderRows(encoder, family, device)
         self._decoder = decoder
         self._sampler = Sampler()
+
+    def use_device(self) -> None:
+        """Make the device current in this thread: Triton launches on the current one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def release(self) -> None:
+        """Drop modules, KV tensors and encoder rows; nothing can run afterwards."""
+        self.kv.caches.clear()
+        self.rows.release()
+        del self._decoder
+        if self.device.type == "cuda":
+            gc.collect()  # modules refer to each other in circles
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:

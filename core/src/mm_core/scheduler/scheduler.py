@@ -225,7 +225,7 @@ class Scheduler:
     # -- admission -------------------------------------------------------------------------
 
     def _admit_waiting(self, step: _Step) -> None:
-        if not self.waiting:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs or step.tokens_left <= 0:
             return
         # A window bounds the work on very long queues; ageing cannot starve what enters it in order.
         window = self.waiting[: 4 * self.config.max_num_seqs]
@@ -270,9 +270,7 @@ class Scheduler:
         length = self._fit_encoder(seq, length, step)
         total = -(-seq.num_tokens // self.pool.block_size) - len(shared)
         now = -(-(seq.num_computed_tokens + length) // self.pool.block_size) - len(shared)
-        # Room for the whole prompt and a block for each that runs, or sequences would be admitted
-        # only to preempt each other.
-        fits = self.pool.num_available >= (total + len(self.running) if self.running else now)
+        fits = self.pool.num_available >= (total + self._promised_blocks() if self.running else now)
         if length <= 0 or not fits:
             self.pool.free(shared)
             seq.num_computed_tokens = 0
@@ -280,6 +278,12 @@ class Scheduler:
         self._start(seq, shared, now)
         self._put(seq, length, step)
         return True
+
+    def _promised_blocks(self) -> int:
+        """Blocks that running sequences still want for their prompts, and one more each: who is admitted
+        without regard to them is admitted only to preempt or be preempted."""
+        size = self.pool.block_size
+        return sum(max(-(-s.num_tokens // size) - len(s.tables["self"]), 0) + 1 for s in self.running)
 
     def _start(self, seq: Sequence, shared: list[int], new_blocks: int) -> None:
         seq.tables = {"self": [*shared, *(self.pool.allocate(new_blocks) or [])]}
@@ -302,6 +306,8 @@ class Scheduler:
         for key in result.failed_media:
             if key in self.encoder_cache:
                 self.encoder_cache.discard(key)
+            for seq in self.running:  # who else held it has it encoded anew
+                seq.held_media.discard(key)
         for scheduled in batch.sequences:
             seq = scheduled.seq
             if seq.status is not Status.RUNNING:  # aborted while the step ran

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mm_core.cache.prefix import BlockContent
 from mm_core.config import SamplingParams
 from mm_core.errors import MMError
@@ -78,8 +80,23 @@ class Sequence:
             ids = tuple(self.token_ids[start : start + block_size])
             parent = self.contents[-1].key if self.contents else ROOT
             media = self._media_in(start, start + block_size)
-            self.contents.append(BlockContent(block_key(hasher, parent, ids, media, context), ids))
+            place = self._positions_in(start, start + block_size)
+            self.contents.append(BlockContent(block_key(hasher, parent, ids, media, context, place), ids))
         return self.contents[:count]
+
+    def _positions_in(self, start: int, end: int) -> bytes:
+        """Positions of tokens [start, end), empty where they are start…end-1.
+
+        The same tokens may stand elsewhere: an answer to a long video continues after its last frame,
+        the same answer within the next turn's prompt after its picture's width (M-RoPE).
+        """
+        own = self.request.positions
+        if own is None:
+            return b""
+        cut = min(max(start, self.prompt_len), end)
+        after = np.arange(cut, end, dtype=np.int32) + np.int32(self.request.decode_delta)
+        block = np.concatenate([own[:, start:cut], np.broadcast_to(after, (len(own), end - cut))], axis=1)
+        return b"" if (block == np.arange(start, end)).all() else block.astype(np.int32).tobytes()
 
     def _media_in(self, start: int, end: int) -> list[tuple[bytes, int]]:
         return [(r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start]

@@ -27,8 +27,8 @@ ROPE_THETA = 10000.0
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), as CLIP has it."""
-    return x * torch.sigmoid(1.702 * x)
+    """x · sigmoid(1.702 x), as CLIP has it, written as silu(1.702 x) / 1.702: one pass less. Uses x up."""
+    return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}

@@ -1,0 +1,177 @@
+"""Faults stay where they arise, memory comes back, and long clips in earlier turns reuse nothing wrongly."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.pictures import frames, picture
+from support.tiny import make_tiny_qwen2vl
+
+from mm_core import Engine, KvCacheConfig, MMError, RequestOutput, SamplingParams, TextPrompt
+from mm_core.errors import EngineError, MediaNotCachedError, PluginError
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=["2", "2.5"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen2vl(tmp_path_factory.mktemp("tiny"), version=request.param)
+
+
+def start(path: Path, **options: Any) -> Engine:
+    return Engine.from_pretrained(path, kv_cache_config=KvCacheConfig(num_blocks=512), show_progress=False, **options)
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    with start(path, preprocess_threads=1) as made:
+        yield made
+
+
+def ids_of(engine: Engine, text: str) -> list[int]:
+    return list(engine._frontend.model.processor.tokenizer(text)["input_ids"])
+
+
+def test_a_second_turn_after_a_long_clip(path: Path, engine: Engine) -> None:
+    """Answers to a clip that is longer than its picture is wide stand at other positions than the same
+    tokens in the next turn's prompt: blocks of the one must not serve the other."""
+    clip = {"frames": frames(1, 40, 56, 56), "fps": 2.0}
+    first = TextPrompt(prompt=f"{VIDEO}What is there to see", multi_modal_data={"video": clip})
+    (answer,) = engine.generate(first, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    question = [*ids_of(engine, f"{VIDEO}What is there to see"), *answer.token_ids, *ids_of(engine, " and then?")]
+    second = TextPrompt(prompt_token_ids=question, multi_modal_data={"video": clip})
+    (warm,) = engine.generate(second, GREEDY)
+    assert warm.usage.cached_tokens > 0
+    with start(path) as fresh:
+        (cold,) = fresh.generate(second, GREEDY)
+    assert cold.usage.cached_tokens == 0
+    assert warm.token_ids == cold.token_ids
+
+
+def test_a_second_turn_after_a_picture_reuses_the_answer(engine: Engine, path: Path) -> None:
+    text = f"<|im_start|>user\n{IMAGE}Describe this image."
+    first = TextPrompt(prompt=text, multi_modal_data={"image": picture(2, 120, 90)})
+    (answer,) = engine.generate(first, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    ids = [*ids_of(engine, text), *answer.token_ids, *ids_of(engine, " and then?")]
+    second = TextPrompt(prompt_token_ids=ids, multi_modal_data={"image": picture(2, 120, 90)})
+    (warm,) = engine.generate(second, GREEDY)
+    assert warm.usage.cached_tokens > len(answer.prompt_token_ids)
+    with start(path) as fresh:
+        assert fresh.generate(second, GREEDY)[0].token_ids == warm.token_ids
+
+
+def test_a_plugin_that_exits_fails_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: Any) -> None:
+        raise SystemExit(3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._frontend.model.processor, "prepare", leave)
+        with pytest.raises(PluginError, match="prepare"):
+            engine.generate(TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(3)}))
+    assert len(engine.generate("The quick brown", GREEDY)[0].token_ids) == 24
+
+
+def test_a_step_that_fails_ends_only_those_at_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = ["The quick brown fox", "A system reads images"]
+    wanted = [o.token_ids for o in engine.generate(good, GREEDY)]
+    poison = ids_of(engine, "lazy dog lazy dog")
+    runner = engine._frontend._core.runner
+    execute = runner.execute
+
+    def failing(batch: Any) -> Any:
+        if any(list(s.seq.request.token_ids) == poison for s in batch.sequences):
+            raise SystemExit(4)
+        return execute(batch)
+
+    monkeypatch.setattr(runner, "execute", failing)
+    results: dict[int, RequestOutput | MMError] = {}
+    done = threading.Event()
+
+    def listener(index: int) -> Any:
+        def take(result: RequestOutput | MMError) -> None:
+            results[index] = result
+            if len(results) == 3:
+                done.set()
+
+        return take
+
+    for index, prompt in enumerate([*good, TextPrompt(prompt_token_ids=poison)]):
+        engine._frontend.add(prompt, GREEDY, listener(index))
+    assert done.wait(30)
+    assert isinstance(results[2], EngineError)
+    assert [results[i].token_ids for i in (0, 1)] == wanted  # type: ignore[union-attr]
+    assert engine.stats()["blocks"]["in_use"] == 0
+
+
+def test_a_listener_that_raises_costs_nobody_else_a_token(engine: Engine) -> None:
+    (wanted,) = engine.generate("A system reads images", GREEDY)
+
+    def broken(_: RequestOutput | MMError) -> None:
+        raise ValueError("not mine to handle")
+
+    got: list[RequestOutput | MMError] = []
+    done = threading.Event()
+    engine._frontend.add("The quick brown fox", GREEDY, broken, stream=True)
+    engine._frontend.add("A system reads images", GREEDY, lambda r: (got.append(r), done.set()))
+    assert done.wait(30)
+    assert isinstance(got[0], RequestOutput)
+    assert got[0].token_ids == wanted.token_ids
+
+
+def test_a_uuid_stands_for_the_frames_its_settings_picked(engine: Engine) -> None:
+    data = {"video": {"frames": frames(4, 16), "fps": 8.0}}
+    kwargs = {"fps": 2.0}
+    named = {"video": ["clip"]}
+    engine.generate(
+        TextPrompt(prompt=VIDEO, multi_modal_data=data, multi_modal_uuids=named, mm_processor_kwargs=kwargs), GREEDY
+    )
+    alone = {"video": [None]}
+    (again,) = engine.generate(
+        TextPrompt(prompt=VIDEO, multi_modal_data=alone, multi_modal_uuids=named, mm_processor_kwargs=kwargs), GREEDY
+    )
+    assert again.usage.media_tokens > 0
+    with pytest.raises(MediaNotCachedError):
+        engine.generate(TextPrompt(prompt=VIDEO, multi_modal_data=alone, multi_modal_uuids=named), GREEDY)
+
+
+def test_only_so_many_requests_hold_prepared_media(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(path, max_num_seqs=2) as engine:
+        frontend, most = engine._frontend, 0
+        submit = frontend.pipeline.submit
+
+        def counted(*args: Any) -> Any:
+            nonlocal most
+            most = max(most, sum(live.ask is None for live in frontend._live.values()))
+            return submit(*args)
+
+        monkeypatch.setattr(frontend.pipeline, "submit", counted)
+        prompts = [TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(i, 60, 60)}) for i in range(20)]
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=2, temperature=0))
+        assert len(outputs) == 20
+        assert most == 4
+        assert frontend._room == 4
+
+
+def test_close_gives_the_memory_back(path: Path) -> None:
+    engine = start(path)
+    engine.generate("The quick brown fox", GREEDY)
+    kv = weakref.ref(engine._frontend._core.runner.kv.caches["self"][0][0])
+    weight = weakref.ref(next(engine._frontend.model.decoder.parameters()))
+    engine.close()
+    gc.collect()
+    assert kv() is None
+    assert weight() is None
+
+
+def test_an_unusable_device_is_named(path: Path) -> None:
+    for device in ("tpu", "nonsense", "cuda:99"):
+        with pytest.raises(MMError, match="device="):
+            start(path, device=device)
