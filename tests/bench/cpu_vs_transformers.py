@@ -1,8 +1,9 @@
 """mm-core beside transformers `generate` on this machine's CPU, in one run.
 
 A random Qwen2-VL of 107 M parameters, one 448×448 noise picture a request, prompt of 289 tokens,
-64 new tokens, two threads. Both sides preprocess their pictures inside the clock; runs alternate, so
-that a machine that slows down slows both; each figure is the median over the rounds.
+64 new tokens, two threads. Each side has a process of its own, as users would run it (in one process
+their threads would get in each other's way); both preprocess their pictures inside the clock; runs
+alternate, so that a machine that slows down slows both; each figure is the median over the rounds.
 
     python tests/bench/cpu_vs_transformers.py [--rounds 3] [--json FILE] [--write-docs]
 """
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing as mp
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,11 +85,11 @@ def noise(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (448, 448, 3), dtype=np.uint8))
 
 
-def make_prompt(reference: Reference) -> str:
+def make_prompt(tokenizer: Any) -> str:
     """A prompt of 289 tokens with its picture: 256 rows and 33 others."""
     words = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
     fill = ""
-    while len(reference.tokenizer(words + fill)["input_ids"]) - 1 + 256 < PROMPT_TOKENS:
+    while len(tokenizer(words + fill)["input_ids"]) - 1 + 256 < PROMPT_TOKENS:
         fill += "a "
     return words + fill
 
@@ -125,29 +128,58 @@ class Ours:
         return sum(len(o.token_ids) for o in outputs)
 
 
-def timed(run: Callable[[list[Image.Image]], int], pictures: list[Image.Image]) -> float:
-    """Output tokens a second."""
+class Worker:
+    """One side in a process of its own, which answers timing requests and is idle in between."""
+
+    def __init__(self, side: str, path: Path, dtype: str) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(side, path, dtype, theirs), daemon=True)
+        self.process.start()
+        self.ready_s: float = self.pipe.recv()
+
+    def timed(self, seeds: list[int]) -> float:
+        """Output tokens a second."""
+        self.pipe.send(seeds)
+        result: float = self.pipe.recv()
+        return result
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def serve(side: str, path: Path, dtype: str, pipe: Connection) -> None:
+    """The worker process: load, then time one call for each list of picture seeds."""
+    torch.set_num_threads(THREADS)
     start = time.perf_counter()
-    tokens = run(pictures)
-    return tokens / (time.perf_counter() - start)
+    tokenizer_side = Reference(path, DTYPES[dtype]) if side == "transformers" else None
+    if tokenizer_side is not None:
+        run: Transformers | Ours = Transformers(tokenizer_side, make_prompt(tokenizer_side.tokenizer))
+    else:
+        kv = KvCacheConfig(num_blocks=1024)
+        engine = Engine.from_pretrained(path, dtype=NAMES[dtype], kv_cache_config=kv, show_progress=False)
+        run = Ours(engine, make_prompt(engine._frontend.model.processor.tokenizer))
+    pipe.send(time.perf_counter() - start)
+    while (seeds := pipe.recv()) is not None:
+        pictures = [noise(seed) for seed in seeds]
+        start = time.perf_counter()
+        tokens = run.run(pictures)
+        pipe.send(tokens / (time.perf_counter() - start))
 
 
-def measure(case: Case, theirs: Transformers, ours: Ours, rounds: int, seed: int) -> Row:
-    found: dict[str, list[float]] = {"theirs": [], "ours": []}
+def measure(case: Case, theirs: Worker, ours: Worker, rounds: int, seed: int) -> Row:
+    found: list[tuple[float, float]] = []
     for round_ in range(rounds + 1):
         first = seed + 1000 * round_  # new pictures every time: nothing is left from the round before
-        numbers = [first] * case.requests if case.shared else list(range(first, first + case.requests))
-        pictures = [noise(n) for n in numbers]
-        pair = {"theirs": timed(theirs.run, pictures), "ours": timed(ours.run, pictures)}
+        seeds = [first] * case.requests if case.shared else list(range(first, first + case.requests))
+        pair = theirs.timed(seeds), ours.timed(seeds)
         if round_:  # the first round warms up
-            for name, value in pair.items():
-                found[name].append(value)
-    theirs_s, ours_s = statistics.median(found["theirs"]), statistics.median(found["ours"])
-    ratio = statistics.median(b / a for a, b in zip(found["theirs"], found["ours"], strict=True))
-    pictures_text = "one for all" if case.shared else "all different"
-    return Row(
-        case.dtype, case.requests, pictures_text, round(theirs_s, 1), round(ours_s, 1), round(ratio, 2), case.goal
-    )
+            found.append(pair)
+    theirs_s, ours_s = (statistics.median(side) for side in zip(*found, strict=True))
+    ratio = statistics.median(b / a for a, b in found)
+    pictures = "one for all" if case.shared else "all different"
+    return Row(case.dtype, case.requests, pictures, round(theirs_s, 1), round(ours_s, 1), round(ratio, 2), case.goal)
 
 
 def table(rows: list[Row]) -> str:
@@ -165,19 +197,15 @@ def table(rows: list[Row]) -> str:
 
 
 def run_dtype(path: Path, dtype: str, rounds: int) -> list[Row]:
-    reference = Reference(path, DTYPES[dtype])
-    prompt = make_prompt(reference)
+    theirs, ours = Worker("transformers", path, dtype), Worker("mm-core", path, dtype)
+    print(f"{dtype}: mm-core ready in {ours.ready_s:.1f} s", flush=True)
     rows = []
-    start = time.perf_counter()
-    with Engine.from_pretrained(
-        path, dtype=NAMES[dtype], kv_cache_config=KvCacheConfig(num_blocks=1024), show_progress=False
-    ) as engine:
-        print(f"{dtype}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
-        for number, case in enumerate(CASES):
-            if case.dtype == dtype:
-                row = measure(case, Transformers(reference, prompt), Ours(engine, prompt), rounds, number * 10**6)
-                rows.append(row)
-                print(table([row]).splitlines()[-1], flush=True)
+    for number, case in enumerate(CASES):
+        if case.dtype == dtype:
+            rows.append(measure(case, theirs, ours, rounds, number * 10**6))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    theirs.close()
+    ours.close()
     return rows
 
 
@@ -212,7 +240,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     parser.add_argument("--write-docs", action="store_true", help="put the table into README and docs/benchmarks")
     options = parser.parse_args()
-    torch.set_num_threads(THREADS)
     import transformers
 
     facts = {"cpu": cpu_name(), "torch": torch.__version__, "transformers": transformers.__version__}

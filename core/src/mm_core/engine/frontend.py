@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
-from mm_core.engine.core import CoreThread
+from mm_core.engine.core import CoreThread, EngineCore
 from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
 from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
 from mm_core.engine.output import RequestText
@@ -48,10 +48,13 @@ class Frontend:
     must return quickly.
     """
 
+    model: LoadedModel
+    max_model_len: int
+    _core: EngineCore
+
     def __init__(self, name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> None:
         self.config = config
-        self.model: LoadedModel = load_model(name, config, plugins)
-        self._core, self.max_model_len = build_core(self.model, config)
+        self._thread = CoreThread(lambda: self._load(name, plugins), self._on_outputs)
         self.pipeline = build_pipeline(self.model, config, self.max_model_len)
         # Reentrant: a stream that the garbage collector finds aborts its request, whatever its thread holds.
         self._lock = threading.RLock()
@@ -61,7 +64,11 @@ class Frontend:
         # Prepared media take memory until their request ends: only so many are begun at a time.
         self._room = 2 * config.max_num_seqs
         self._queued: deque[str] = deque()
-        self._thread = CoreThread(self._core, self._on_outputs)
+
+    def _load(self, name: str, plugins: Sequence[Any] | None) -> EngineCore:
+        self.model = load_model(name, self.config, plugins)
+        self._core, self.max_model_len = build_core(self.model, self.config)
+        return self._core
 
     # -- requests --------------------------------------------------------------------------
 

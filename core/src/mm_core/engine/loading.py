@@ -55,7 +55,7 @@ def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -
     owner = registry.resolve(checkpoint.architectures, model=name)
     device = resolve_device(config)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
+        torch.cuda.set_device(device)  # Triton launches on the thread's current device
     dtype = resolve_dtype(config.dtype, checkpoint, device)
     spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
     max_model_len = _resolve_length(name, config, spec)

@@ -32,11 +32,6 @@ class ModelRunner:
         self._decoder = decoder
         self._sampler = Sampler()
 
-    def use_device(self) -> None:
-        """Make the device current in this thread: Triton launches on the current one."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-
     def release(self) -> None:
         """Drop modules, KV tensors and encoder rows; nothing can run afterwards."""
         self.kv.caches.clear()
