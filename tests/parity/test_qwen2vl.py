@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from support.pictures import frames, picture
@@ -149,3 +152,26 @@ def test_chat_gives_transformers_prompt(engine: Callable[..., Engine], reference
         TextPrompt(prompt="Describe this image.", multi_modal_data={"image": picture(13)}), GREEDY
     )
     check(implied, wanted)
+
+
+@pytest.mark.parametrize("version", ["2", "2.5"])
+def test_video_file(
+    version: str, tmp_path: Path, engine: Callable[..., Engine], reference: Callable[..., Reference]
+) -> None:
+    """A file, by path and as bytes: every fifth of 30 frames at 10 fps, decoded here a second time."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
+        for image in frames(14, 30, 112, 84):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    prompt = turn(f"{VIDEO}What is there to see?")
+    wanted = reference(version).generate(prompt, videos=[reference_video(decoded[::5], fps=2.0)])
+    for given in (path, path.read_bytes()):
+        data = {"video": given}
+        (output,) = engine(version).generate(TextPrompt(prompt=prompt, multi_modal_data=data), GREEDY)
+        check(output, wanted)
+    assert output.usage.encoded_media_tokens == 0  # the bytes are the file's: encoded once
