@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -272,19 +274,33 @@ ACTIONS = st.lists(
 )
 
 
+WORLDS = {
+    "actions": ACTIONS,
+    "num_blocks": st.integers(24, 40),
+    "max_tokens": st.integers(3, 40),
+    "encoder_rows": st.integers(9, 30),
+    "encoder_budget": st.integers(1, 80),
+    "reuse": st.booleans(),
+}
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    actions=ACTIONS,
-    num_blocks=st.integers(24, 40),
-    max_tokens=st.integers(3, 40),
-    encoder_rows=st.integers(9, 30),
-    encoder_budget=st.integers(1, 80),
-    reuse=st.booleans(),
-)
-def test_random_life(
+@given(**WORLDS)
+def test_random_life(**world: Any) -> None:
+    """Adds, aborts, steps and evictions in any order: books balance, tokens are those of a lone run."""
+    live(**world)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(**WORLDS)
+def test_random_life_at_length(**world: Any) -> None:
+    live(**world)
+
+
+def live(
     actions: list[tuple], num_blocks: int, max_tokens: int, encoder_rows: int, encoder_budget: int, reuse: bool
 ) -> None:
-    """Adds, aborts, steps and evictions in any order: books balance, tokens are those of a lone run."""
     world = World(
         num_blocks=num_blocks,
         max_tokens=max_tokens,
