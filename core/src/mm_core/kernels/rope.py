@@ -74,6 +74,12 @@ def _rope_cpu(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_
 
 def _rope_pair_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = cos.shape[1]
+    if q.dtype != torch.float32 and 2 * half == q.shape[-1]:
+        # Whole heads at once: their halves swapped, the sines of the first half negative.
+        cos, sin = torch.cat((cos, cos), -1)[:, None, :], torch.cat((-sin, sin), -1)[:, None, :]
+        for x in _joined(q, k):
+            x.copy_(torch.addcmul(x * cos, torch.roll(x, half, -1).float(), sin))
+        return
     cos, sin = cos[:, None, :], sin[:, None, :]
     for x in _joined(q, k):
         first, second = x[..., :half], x[..., half : 2 * half]
