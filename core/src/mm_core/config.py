@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,7 +19,6 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_SEED = 2**63 - 1
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-M = TypeVar("M", bound=BaseModel)
 
 
 def describe(error: ValidationError, what: str) -> str:
@@ -200,14 +198,4 @@ class EngineConfig(_Settings):
         for modality, limit in self.limit_mm_per_prompt.items():
             if modality not in ("image", "video", "audio") or limit < 0:
                 raise ValueError(f"limit_mm_per_prompt[{modality!r}]={limit}: want image, video or audio and 0 or more")
-        if not math.isfinite(self.kv_cache_config.free_gpu_memory_fraction):  # pragma: no cover
-            raise ValueError("free_gpu_memory_fraction must be finite")
         return self
-
-
-def validated(model: type[M], values: Mapping[str, Any], error: type[MMError] = ConfigError) -> M:
-    """Build `model` from plain values (dicts of a request, say) with errors of the MMError tree."""
-    try:
-        return model(**values)
-    except ValidationError as fault:
-        raise error(describe(fault, model.__name__)) from None

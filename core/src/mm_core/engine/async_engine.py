@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from mm_core.config import SamplingParams
-from mm_core.engine.frontend import Frontend, build_config
+from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.frontend import Frontend
 from mm_core.errors import MMError
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
@@ -30,7 +30,7 @@ class AsyncEngine:
     @classmethod
     async def from_pretrained(cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any) -> Self:
         """As `Engine.from_pretrained`, in a worker thread."""
-        return cls(await asyncio.to_thread(Frontend, str(model), build_config(options), plugins))
+        return cls(await asyncio.to_thread(Frontend, str(model), EngineConfig(**options), plugins))
 
     async def generate(
         self,

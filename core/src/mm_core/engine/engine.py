@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from mm_core.config import SamplingParams
-from mm_core.engine.frontend import Frontend, build_config
+from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.frontend import Frontend
 from mm_core.errors import BatchError, EngineError, InvalidParamsError, InvalidPromptError, MMError
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
@@ -42,7 +42,7 @@ class Engine:
         hooks that are not installed as packages. options: the fields of `EngineConfig`.
         Raises ConfigError, PluginError, CheckpointError or OutOfMemoryError.
         """
-        return cls(Frontend(str(model), build_config(options), plugins))
+        return cls(Frontend(str(model), EngineConfig(**options), plugins))
 
     def generate(
         self,

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -263,8 +263,3 @@ def _count(usage: Usage, output: TokenOutput) -> Usage:
         # An item encoded again after a preemption counts once: more than there is was not asked for.
         encoded_media_tokens=min(max(usage.encoded_media_tokens, output.encoded_rows), usage.media_tokens),
     )
-
-
-def build_config(options: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig from the keywords of `from_pretrained`; unknown ones are errors."""
-    return EngineConfig(**options)

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_core.config import EngineConfig
 from mm_core.errors import ConfigError, MMError, OutOfMemoryError
@@ -99,12 +99,6 @@ def _by_sequence(drawn: SampledTokens, chosen: Sequence[ScheduledSequence]) -> d
         s.seq.seq_id: SampledToken(token, logprobs, ok)
         for s, token, logprobs, ok in zip(chosen, tokens, drawn.logprobs, finite, strict=True)
     }
-
-
-def module_bytes(*modules: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
-    tensors = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

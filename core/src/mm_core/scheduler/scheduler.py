@@ -162,7 +162,6 @@ class Scheduler:
         seq.status = Status.WAITING
         seq.num_computed_tokens = 0
         seq.num_published_blocks = 0
-        seq.num_preemptions += 1
         seq.seen_version = -1
         seq.waiting_since = self.stats.steps
         self.stats.preemptions += 1

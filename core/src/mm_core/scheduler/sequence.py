@@ -43,7 +43,6 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_published_blocks = 0
         self.num_cached_tokens: int | None = None  # of the prompt, at first admission
-        self.num_preemptions = 0
         self.encoded_rows = 0
         self.waiting_since = 0
         self.held_media: set[bytes] = set()
