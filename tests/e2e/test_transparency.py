@@ -180,3 +180,14 @@ def test_everything_at_once(tight: Callable[[], Engine], alone: list[tuple[int, 
     assert stats["partial_prefills"] > 0
     assert stats["cached_tokens"] > 0
     check_idle(engine)
+
+
+def test_penalties_read_the_answer_so_far(path: Path) -> None:
+    """A bias that repeats one token for ever, until a penalty sees what was said."""
+    biased = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logit_bias={5: 20.0})
+    penalised = biased.model_copy(update={"repetition_penalty": 10.0})
+    with start(path) as engine:
+        plain, varied = engine.generate(["The quick brown fox"] * 2, [biased, penalised])
+    assert set(plain.token_ids) == {5}
+    assert varied.token_ids[0] == 5
+    assert len(set(varied.token_ids)) > 2

@@ -137,6 +137,11 @@ class SamplingParams(_Settings):
         """Whether the best token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the scores: only then does anybody read them."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class KvCacheConfig(_Settings):
     """The KV cache. `num_blocks` overrides the sizing by memory (tests, tight machines).

@@ -39,8 +39,13 @@ class BlockPool:
 
     def counts(self) -> dict[str, int]:
         """Blocks in each state; the values sum to `num_blocks`."""
-        in_use = sum(1 for refs in self._refs if refs)
-        return {"free": len(self._free), "cached": len(self._cached), "in_use": in_use, "pending": len(self._pending)}
+        free, cached, pending = len(self._free), len(self._cached), len(self._pending)
+        in_use = self.num_blocks - free - cached - pending  # `check_integrity` counts them
+        return {"free": free, "cached": cached, "in_use": in_use, "pending": pending}
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks for one holder, free ones first, then the oldest cached; None if too few."""
@@ -131,7 +136,7 @@ class BlockPool:
         idle = [*self._free, *self._cached, *self._pending]
         if len(idle) != len(set(idle)) or any(self._refs[b] for b in idle):
             raise RuntimeError("a block is in two states")
-        if sum(self.counts().values()) != self.num_blocks:
+        if len(idle) + sum(1 for refs in self._refs if refs) != self.num_blocks:
             raise RuntimeError(f"blocks leaked: {self.counts()} of {self.num_blocks}")
         if any(self._published[b] for b in self._free) or any(not self._published[b] for b in self._cached):
             raise RuntimeError("a free block is published or a cached one is not")

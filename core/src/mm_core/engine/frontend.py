@@ -34,7 +34,6 @@ class _Live:
     stream: bool
     ask: tuple[Any, SamplingParams, bool | None] | None
     text: RequestText | None = None
-    request: PreparedRequest | None = None
     open: set[int] = field(default_factory=set)
     usage: Usage = field(default_factory=Usage)
     preparing: Future[PreparedRequest] | None = None
@@ -134,7 +133,6 @@ class Frontend:
             live = self._live.get(request_id)
             if live is None:  # aborted meanwhile
                 return
-            live.request = request
             live.text = RequestText(request, self.model.processor.tokenizer, self._finish_text)
             live.open = set(range(request.params.n))
             live.usage = Usage(

@@ -50,12 +50,12 @@ class LoadedModel:
 
 def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> LoadedModel:
     """Open a checkpoint, find its plugin, build its modules and load their weights."""
+    device = resolve_device(config)  # before anything is downloaded
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the thread's current device
     registry = PluginRegistry(plugins or ())
     checkpoint = open_checkpoint(name, revision=config.revision, show_progress=config.show_progress)
     owner = registry.resolve(checkpoint.architectures, model=name)
-    device = resolve_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the thread's current device
     dtype = resolve_dtype(config.dtype, checkpoint, device)
     spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
     max_model_len = _resolve_length(name, config, spec)

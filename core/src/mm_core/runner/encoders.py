@@ -24,7 +24,6 @@ class EncoderRows:
 
     def __init__(self, encoder: Encoder, family: str, device: torch.device) -> None:
         self.calls = 0
-        self.items = 0
         self._encoder = encoder
         self._family = family
         self._pack_cost = _CPU_PACK_COST if device.type == "cpu" else None
@@ -86,7 +85,6 @@ class EncoderRows:
     def _encode(self, items: Sequence[EncodeItem]) -> None:
         outputs = self._encoder([item.feature for item in items])
         self.calls += 1
-        self.items += len(items)
         if len(outputs) != len(items):
             raise PluginError(f"Encoder of family {self._family!r} gave {len(outputs)} outputs for {len(items)} items.")
         for item, rows in zip(items, outputs, strict=True):

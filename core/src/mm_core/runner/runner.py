@@ -88,7 +88,7 @@ def _sampling_row(seq: SequenceState) -> SamplingRow:
         seed=(seq.seed + _SEED_STRIDE * seq.index) % 2**63,
         step=seq.num_output_tokens,
         prompt_token_ids=seq.request.token_ids,
-        output_token_ids=seq.output_token_ids,
+        output_token_ids=seq.output_token_ids if seq.params.penalised else (),  # a copy at every step
         stop_token_ids=seq.masked_stop_ids,
     )
 

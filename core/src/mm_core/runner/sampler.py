@@ -33,7 +33,8 @@ _WEIGHT_BITS = 40  # the best token weighs 2^40; a vocabulary of 2^22 tokens sti
 class SamplingRow:
     """One row of a step: which token is drawn, and by what rules.
 
-    step: 0-based index of the output token to be drawn; `output_token_ids` are those before it.
+    step: 0-based index of the output token to be drawn. prompt_token_ids, output_token_ids: what
+    came before it; read only where `params.penalised`, and may be empty elsewhere.
     stop_token_ids: eos and stop ids, masked while the output is shorter than `min_tokens`.
     Token ids outside the vocabulary of the logits have no effect.
     """
@@ -82,23 +83,18 @@ class Sampler:
 
 def _plain_greedy(row: SamplingRow) -> bool:
     """Whether the argmax of the raw logits is the answer."""
-    return row.params.greedy and not (row.params.logit_bias or _masks_stops(row) or _penalised(row))
+    return row.params.greedy and not (row.params.logit_bias or _masks_stops(row) or row.params.penalised)
 
 
 def _masks_stops(row: SamplingRow) -> bool:
     return row.step < row.params.min_tokens and bool(row.stop_token_ids)
 
 
-def _penalised(row: SamplingRow) -> bool:
-    p = row.params
-    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-
-
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Token ids int64 [R] from float32 scores [R, V], which are overwritten."""
     _add_logit_bias(scores, rows)
     _mask_stop_tokens(scores, rows)
-    _on_rows(scores, rows, _penalised, _penalise)
+    _on_rows(scores, rows, lambda row: row.params.penalised, _penalise)
     _on_rows(scores, rows, lambda row: not row.params.greedy, _warp_and_perturb)
     return scores.argmax(dim=-1)
 

@@ -105,7 +105,12 @@ class Scheduler:
         for key in seq.held_media:
             self.encoder_cache.release(key, seq.seq_id)
         seq.held_media.clear()
-        for key in [k for k, owner in self._computing.items() if owner is seq]:
+        for content in seq.contents:
+            self._drop_claim(content.key, seq)
+
+    def _drop_claim(self, key: bytes, seq: Sequence) -> None:
+        """The sequence does not compute this block any more, or is done with it."""
+        if self._computing.get(key) is seq:
             del self._computing[key]
 
     # -- a step ----------------------------------------------------------------------------
@@ -143,7 +148,7 @@ class Scheduler:
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` tokens, preempting from the back; False if `seq` itself went."""
         table = seq.tables["self"]
-        needed = -(-num_tokens // self.pool.block_size) - len(table)
+        needed = self.pool.blocks_for(num_tokens) - len(table)
         while needed > 0:
             blocks = self.pool.allocate(needed)
             if blocks is not None:
@@ -267,8 +272,8 @@ class Scheduler:
         seq.num_computed_tokens = len(shared) * self.pool.block_size
         length = min(seq.num_tokens - seq.num_computed_tokens, step.tokens_left)
         length = self._fit_encoder(seq, length, step)
-        total = -(-seq.num_tokens // self.pool.block_size) - len(shared)
-        now = -(-(seq.num_computed_tokens + length) // self.pool.block_size) - len(shared)
+        total = self.pool.blocks_for(seq.num_tokens) - len(shared)
+        now = self.pool.blocks_for(seq.num_computed_tokens + length) - len(shared)
         fits = self.pool.num_available >= (total + self._promised_blocks() if self.running else now)
         if length <= 0 or not fits:
             self.pool.free(shared)
@@ -281,8 +286,7 @@ class Scheduler:
     def _promised_blocks(self) -> int:
         """Blocks that running sequences still want for their prompts, and one more each: who is admitted
         without regard to them is admitted only to preempt or be preempted."""
-        size = self.pool.block_size
-        return sum(max(-(-s.num_tokens // size) - len(s.tables["self"]), 0) + 1 for s in self.running)
+        return sum(max(self.pool.blocks_for(s.num_tokens) - len(s.tables["self"]), 0) + 1 for s in self.running)
 
     def _start(self, seq: Sequence, shared: list[int], new_blocks: int) -> None:
         seq.tables = {"self": [*shared, *(self.pool.allocate(new_blocks) or [])]}
@@ -364,8 +368,7 @@ class Scheduler:
         contents = seq.fill_contents(full, self.pool.block_size, self._hasher)
         for index in range(seq.num_published_blocks, full):
             self.prefix.publish(seq.tables["self"][index], contents[index])
-            if self._computing.get(contents[index].key) is seq:
-                del self._computing[contents[index].key]
+            self._drop_claim(contents[index].key, seq)
         seq.num_published_blocks = full
 
     def _release_passed_media(self, seq: Sequence) -> None:
