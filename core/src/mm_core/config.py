@@ -176,7 +176,9 @@ class EngineConfig(_Settings):
     max_num_batched_tokens: token budget of one step. encoder_budget: the encoder's budget of one
     step, in its own cost units (None: chosen from the token budget). encoder_cache_tokens: rows
     kept for reuse. processor_cache_size: bytes of preprocessed media kept on the host.
-    preprocess_threads: None takes min(8, cores).
+    preprocess_threads: None takes min(8, cores). overlap: schedule and launch a step while the one
+    before it runs (None: on a GPU). cuda_graphs: replay decode steps as graphs on a GPU.
+    record_timeline: keep what ran when, for `Engine.timeline()`.
     """
 
     revision: str | None = None
@@ -195,6 +197,9 @@ class EngineConfig(_Settings):
     max_video_frames: Annotated[int, Field(ge=1)] = 768
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     hash_algorithm: HashAlgorithm = "xxh3_128"
+    overlap: bool | None = None
+    cuda_graphs: bool = True
+    record_timeline: bool = False
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     show_progress: bool = True
 

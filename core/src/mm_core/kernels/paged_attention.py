@@ -9,6 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Groups of single-token sequences whose block tables begin with the same blocks.
+
+    A shared prefix is read once for its whole group, then each sequence's own rest. members: [S]
+    int32, the sequences, those of a group one after another. bounds: [S + 1] int32, group g is
+    members[bounds[g] : bounds[g + 1]]; groups past the last are empty. lens: [S] int32, for each
+    group the tokens its members share (a multiple of block_size, less than any member's kv_len; 0:
+    nothing, each reads its own keys alone).
+    """
+
+    members: Tensor
+    bounds: Tensor
+    lens: Tensor
+
+
 # Rows of a prefill chunk that share one mask on the CPU: bounds its size, and skips keys none of them sees.
 CPU_CHUNK = 512
 

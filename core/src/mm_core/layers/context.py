@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mm_core.kernels.paged_attention import CpuPlan
+from mm_core.kernels.paged_attention import CpuPlan, SharedPrefixes
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class AttentionMetadata:
     block_tables: [S, max_blocks] int32. cu_seqlens_q: [S+1] int32, row bounds of each sequence.
     kv_lens: [S] int32, KV tokens each sequence sees, this step's included. slot_mapping: [T]
     int64, where each token's K and V go (block × block_size + offset; -1: nowhere), None where
-    nothing is written (cross-attention after its first step).
+    nothing is written (cross-attention after its first step). num_decodes: the first sequences of
+    the batch, each with exactly one query token. shared: which of them begin with the same blocks
+    (None: nobody looked).
     """
 
     block_tables: Tensor
@@ -27,13 +29,18 @@ class AttentionMetadata:
     max_q_len: int
     max_kv_len: int
     causal: bool = True
+    num_decodes: int = 0
+    shared: SharedPrefixes | None = None
     cpu_plan: CpuPlan | None = None  # without a GPU: what all layers' attention shares
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """tables: metadata by table name. caches: for each table the (K, V) caches by layer, each
-    [num_blocks, block_size, kv_heads, head_dim]."""
+    [num_blocks, block_size, kv_heads, head_dim]. rows: [R] int64, the rows of the batch whose hidden
+    states the caller wants, or None for all T: a decoder returns those alone, and may leave out the
+    others as soon as their keys and values are written."""
 
     tables: Mapping[str, AttentionMetadata]
     caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    rows: Tensor | None = None

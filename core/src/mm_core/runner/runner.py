@@ -16,6 +16,7 @@ from mm_core.runner.batch import BatchInputs, build_inputs
 from mm_core.runner.encoders import EncoderRows
 from mm_core.runner.memory import KVCache
 from mm_core.runner.sampler import SampledTokens, Sampler, SamplingRow
+from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_core.scheduler.sequence import Sequence as SequenceState
 
@@ -52,6 +53,11 @@ class ModelRunner:
                 "media items. Lower max_num_batched_tokens, encoder_budget or "
                 "KvCacheConfig(free_gpu_memory_fraction=...)."
             ) from error
+
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Start one step without waiting for it. Raises as `execute` does."""
+        result = self.execute(batch)
+        return LaunchedStep(lambda: result, bool(result.failed or result.failed_media))
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         self.rows.drop(batch.evicted_media)

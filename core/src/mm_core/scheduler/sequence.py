@@ -40,6 +40,9 @@ class Sequence:
         self.prompt_len = len(request.token_ids)
         self.token_ids = list(request.token_ids)
         self.status = Status.WAITING
+        self.slot = -1  # its row in the runner's tables while it runs
+        self.epoch = 0  # grows with each preemption: results of steps before it are void
+        self.num_in_flight = 0  # output tokens sampled by steps whose results are not known yet
         self.num_computed_tokens = 0
         self.num_published_blocks = 0
         self.num_cached_tokens: int | None = None  # of the prompt, at first admission
@@ -112,13 +115,16 @@ class EncodeItem:
 @dataclass(frozen=True)
 class ScheduledSequence:
     """Tokens [start, start + length) of a sequence run in a step; `samples` if the last of them is
-    the last known, so that its logits choose the next token."""
+    the last of the sequence, so that its logits choose the next token. A token whose id is not in
+    `seq.token_ids` yet was sampled by the step before: the runner has it on the device, under the
+    sequence's slot."""
 
     seq: Sequence
     start: int
     length: int
     samples: bool
     tables: Mapping[str, list[int]]
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
