@@ -147,16 +147,16 @@ def test_abort_in_the_middle_of_a_picture_frees_its_rows(tiny_path: Path, monkey
     ) as engine:
         frontend = engine._frontend
         core, held, steps = frontend._core, [], []
-        real = core.runner.execute
+        real = core.runner.launch
 
-        def execute(batch: Any) -> Any:
+        def launch(batch: Any) -> Any:
             steps.append(batch)
             if len(steps) == 3:
                 held.extend(len(seq.held_media) for seq in core.scheduler.running)
                 frontend.abort(next(iter(frontend._live)))
             return real(batch)
 
-        monkeypatch.setattr(core.runner, "execute", execute)
+        monkeypatch.setattr(core.runner, "launch", launch)
         prompt = ask(picture(6, 252, 168))
         ready = threading.Lock()
         ready.acquire()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.pictures import frames, picture
 from support.tiny import make_tiny_qwen2vl
 
 from mm_core import Engine, KvCacheConfig, MMError, RequestOutput, SamplingParams, TextPrompt
-from mm_core.errors import EngineError, MediaNotCachedError, PluginError
+from mm_core.errors import BatchError, EngineError, MediaNotCachedError, PluginError
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -30,9 +31,9 @@ def start(path: Path, **options: Any) -> Engine:
     return Engine.from_pretrained(path, kv_cache_config=KvCacheConfig(num_blocks=512), show_progress=False, **options)
 
 
-@pytest.fixture
-def engine(path: Path) -> Iterator[Engine]:
-    with start(path, preprocess_threads=1) as made:
+@pytest.fixture(params=[False, True], ids=["synchronous", "overlapped"])
+def engine(path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with start(path, preprocess_threads=1, overlap=request.param) as made:
         yield made
 
 
@@ -84,14 +85,14 @@ def test_a_step_that_fails_ends_only_those_at_fault(engine: Engine, monkeypatch:
     wanted = [o.token_ids for o in engine.generate(good, GREEDY)]
     poison = ids_of(engine, "lazy dog lazy dog")
     runner = engine._frontend._core.runner
-    execute = runner.execute
+    launch = runner.launch
 
     def failing(batch: Any) -> Any:
         if any(list(s.seq.request.token_ids) == poison for s in batch.sequences):
             raise SystemExit(4)
-        return execute(batch)
+        return launch(batch)
 
-    monkeypatch.setattr(runner, "execute", failing)
+    monkeypatch.setattr(runner, "launch", failing)
     results: dict[int, RequestOutput | MMError] = {}
     done = threading.Event()
 
@@ -108,7 +109,64 @@ def test_a_step_that_fails_ends_only_those_at_fault(engine: Engine, monkeypatch:
     assert done.wait(30)
     assert isinstance(results[2], EngineError)
     assert [results[i].token_ids for i in (0, 1)] == wanted  # type: ignore[union-attr]
+    engine.wait_idle()
     assert engine.stats()["blocks"]["in_use"] == 0
+
+
+def test_an_encoder_that_fails_ends_only_those_with_the_item(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = (TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(i, 90, 90)}) for i in (20, 21))
+    (wanted,) = engine.generate(good, GREEDY)
+    engine.clear_cache()
+    poison = None
+    rows = engine._frontend._core.runner.rows
+    encoder = rows._encoder
+    prepare = engine._frontend.model.processor.prepare
+
+    def noted(item: Any, *args: Any) -> Any:
+        nonlocal poison
+        feature = prepare(item, *args)
+        if item.data.tobytes() == picture(21, 90, 90).tobytes():
+            poison = feature.tensors
+        return feature
+
+    class Broken:
+        hidden_size, cost = encoder.hidden_size, staticmethod(encoder.cost)
+
+        def __call__(self, features: Any) -> Any:
+            if any(f.tensors is poison for f in features):
+                raise ValueError("a picture it cannot take")
+            return encoder(features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._frontend.model.processor, "prepare", noted)
+        patch.setattr(rows, "_encoder", Broken())
+        with pytest.raises(BatchError) as caught:
+            engine.generate([good, bad, good, bad], GREEDY)
+        assert poison is not None
+    assert [o and o.token_ids for o in caught.value.outputs] == [wanted.token_ids, None, wanted.token_ids, None]
+    assert isinstance(caught.value.errors[1], PluginError)
+    engine.wait_idle()
+    assert engine.stats()["blocks"]["in_use"] == 0
+    assert engine.generate(bad, GREEDY)[0].finish_reason == "length"
+
+
+def test_a_lost_device_stops_the_engine_and_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(path, overlap=True) as engine:
+        engine.generate("The quick brown fox", GREEDY)
+        runner, steps = engine._frontend._core.runner, []
+        launch = runner.launch
+
+        def broken(batch: Any) -> Any:
+            steps.append(batch)
+            if len(steps) == 3:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            return launch(batch)
+
+        monkeypatch.setattr(runner, "launch", broken)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="make a new one"):
+                engine.generate("The quick brown fox", GREEDY)
+        assert len(steps) == 3, "nothing runs on a lost device"
 
 
 def test_a_listener_that_raises_costs_nobody_else_a_token(engine: Engine) -> None:

@@ -5,6 +5,7 @@ Every test asserts first that the path it is about was taken.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,17 @@ def start(path: Path, num_blocks: int = 512, *, enable_block_reuse: bool = True,
     return Engine.from_pretrained(path, kv_cache_config=kv, show_progress=False, **options)
 
 
+Begin = Callable[..., Engine]
+
+
+@pytest.fixture(params=[False, True], ids=["synchronous", "overlapped"])
+def begin(request: pytest.FixtureRequest) -> Begin:
+    """`start`, with steps taken in before the next one is scheduled, and after."""
+    return functools.partial(start, overlap=request.param)
+
+
 def check_idle(engine: Engine) -> None:
+    engine.wait_idle()
     stats = engine.stats()
     blocks = stats["blocks"]
     assert blocks["in_use"] == blocks["pending"] == 0
@@ -67,16 +78,35 @@ def check_idle(engine: Engine) -> None:
     engine._frontend._core.scheduler.check_integrity()
 
 
-def test_batched(path: Path, alone: list[tuple[int, ...]]) -> None:
-    with start(path, enable_block_reuse=False) as engine:
+def test_a_step_is_launched_before_the_one_before_it_is_taken_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the overlapped runs below are about: without this they would prove nothing."""
+    for overlap in (False, True):
+        with start(path, overlap=overlap) as engine:
+            core = engine._frontend._core
+            launch, seen = core.runner.launch, []
+
+            def spy(batch: Any, launch: Any = launch, core: Any = core, seen: list[Any] = seen) -> Any:
+                known = [len(s.seq.token_ids) for s in batch.sequences]
+                ends = [s.start + s.length for s in batch.sequences]
+                seen.append((core.stats()["steps_in_flight"], max(e - k for e, k in zip(ends, known, strict=True))))
+                return launch(batch)
+
+            monkeypatch.setattr(core.runner, "launch", spy)
+            engine.generate("The quick brown", GREEDY)
+            assert len(seen) == 24, "a step was wasted on an answer whose length was known"
+            assert seen == ([(0, 0)] + [(1, 1)] * 23 if overlap else [(0, 0)] * 24)
+
+
+def test_batched(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    with begin(path, enable_block_reuse=False) as engine:
         outputs = engine.generate(prompts(), GREEDY)
         assert engine.stats()["steps"] < 3 * 24  # seven requests of 24 tokens shared steps
         assert tokens(outputs) == alone
         check_idle(engine)
 
 
-def test_reused(path: Path, alone: list[tuple[int, ...]]) -> None:
-    with start(path) as engine:
+def test_reused(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    with begin(path) as engine:
         engine.generate(prompts(), GREEDY)
         calls = engine.stats()["encoder_calls"]
         outputs = [engine.generate(p, GREEDY)[0] for p in prompts()]
@@ -86,8 +116,8 @@ def test_reused(path: Path, alone: list[tuple[int, ...]]) -> None:
         check_idle(engine)
 
 
-def test_encoder_hit_without_prefix_hit(path: Path, alone: list[tuple[int, ...]]) -> None:
-    with start(path, enable_block_reuse=False) as engine:
+def test_encoder_hit_without_prefix_hit(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    with begin(path, enable_block_reuse=False) as engine:
         engine.generate(prompts(), GREEDY)
         encoded = engine.stats()["encoded_items"]
         assert encoded == 3
@@ -97,10 +127,10 @@ def test_encoder_hit_without_prefix_hit(path: Path, alone: list[tuple[int, ...]]
 
 
 def test_prefix_hit_within_a_picture_after_its_rows_were_evicted(
-    path: Path, alone: list[tuple[int, ...]]
+    begin: Begin, path: Path, alone: list[tuple[int, ...]]
 ) -> None:
     """A prefix hit may end inside a picture: its rows are encoded again for the rest."""
-    with start(path, encoder_cache_tokens=40) as engine:
+    with begin(path, encoder_cache_tokens=40) as engine:
         engine.generate(prompts()[0], GREEDY)
         engine.generate(prompts()[4], GREEDY)  # evicts the picture
         (output,) = engine.generate(prompts()[2], GREEDY)
@@ -110,35 +140,46 @@ def test_prefix_hit_within_a_picture_after_its_rows_were_evicted(
 
 
 @pytest.mark.parametrize("budget", [5, 17])
-def test_chunked(path: Path, alone: list[tuple[int, ...]], budget: int) -> None:
-    with start(path, max_num_batched_tokens=budget) as engine:
+def test_chunked(begin: Begin, path: Path, alone: list[tuple[int, ...]], budget: int) -> None:
+    with begin(path, max_num_batched_tokens=budget) as engine:
         outputs = engine.generate(prompts(), GREEDY)
         assert engine.stats()["partial_prefills"] > 5
         assert tokens(outputs) == alone
         check_idle(engine)
 
 
-def test_small_encoder_budget(path: Path, alone: list[tuple[int, ...]]) -> None:
-    with start(path, encoder_budget=1) as engine:
+def test_small_encoder_budget(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    with begin(path, encoder_budget=1) as engine:
         outputs = engine.generate(prompts(), GREEDY)
         assert engine.stats()["encoder_calls"] == engine.stats()["encoded_items"] >= 3
         assert tokens(outputs) == alone
 
 
+def test_encoded_ahead(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    """One sequence runs at a time; the next ones' pictures are encoded beside it."""
+    with begin(path, max_num_seqs=1, max_num_batched_tokens=17, preprocess_threads=1) as engine:
+        outputs = engine.generate(prompts(), GREEDY)
+        stats = engine.stats()
+        assert stats["encoded_ahead"] > 0
+        assert stats["encoded_items"] == 3
+        assert tokens(outputs) == alone
+        check_idle(engine)
+
+
 @pytest.mark.parametrize("reuse", [True, False])
-def test_preempted(path: Path, alone: list[tuple[int, ...]], reuse: bool) -> None:
+def test_preempted(begin: Begin, path: Path, alone: list[tuple[int, ...]], reuse: bool) -> None:
     """Room for about two of seven at a time: sequences are preempted and computed again."""
     longest = max(len(a) for a in alone)
     assert longest == 24
-    with start(path, num_blocks=9, enable_block_reuse=reuse, max_num_batched_tokens=64) as engine:
+    with begin(path, num_blocks=9, enable_block_reuse=reuse, max_num_batched_tokens=64) as engine:
         outputs = engine.generate(prompts(), GREEDY)
         assert engine.stats()["preemptions"] > 0
         assert tokens(outputs) == alone
         check_idle(engine)
 
 
-def test_identical_requests_in_flight_are_computed_once(path: Path, alone: list[tuple[int, ...]]) -> None:
-    with start(path, preprocess_threads=1) as engine:
+def test_identical_requests_in_flight_are_computed_once(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    with begin(path, preprocess_threads=1) as engine:
         outputs = engine.generate([prompts()[0]] * 6, GREEDY)
         stats = engine.stats()
         assert stats["encoded_items"] == 1
@@ -146,11 +187,27 @@ def test_identical_requests_in_flight_are_computed_once(path: Path, alone: list[
         assert tokens(outputs) == [alone[0]] * 6
 
 
-def test_sampling_is_the_same_alone_and_in_a_crowd(path: Path) -> None:
+def test_answers_that_end_by_a_token_end_there(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:
+    """With overlap the end is noticed when the next token is computed already: that one is dropped."""
+    ends = [3 + i for i in range(len(alone))]
+    params = [
+        SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, stop_token_ids=(answer[end],))
+        for answer, end in zip(alone, ends, strict=True)
+    ]
+    wanted = [answer[: answer.index(answer[end]) + 1] for answer, end in zip(alone, ends, strict=True)]
+    with begin(path, max_num_batched_tokens=40) as engine:
+        for _ in range(2):
+            outputs = engine.generate(prompts(), params)
+            assert tokens(outputs) == wanted
+            assert {o.finish_reason for o in outputs} == {"stop"}
+            check_idle(engine)
+
+
+def test_sampling_is_the_same_alone_and_in_a_crowd(begin: Begin, path: Path) -> None:
     params = [SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=i, ignore_eos=True) for i in range(7)]
     with start(path, enable_block_reuse=False) as engine:
         single = [engine.generate(p, s)[0] for p, s in zip(prompts(), params, strict=True)]
-    with start(path, max_num_batched_tokens=40) as engine:
+    with begin(path, max_num_batched_tokens=40) as engine:
         together = engine.generate(prompts(), params)
         assert engine.stats()["partial_prefills"] > 0
     assert tokens(together) == tokens(single)
@@ -158,11 +215,11 @@ def test_sampling_is_the_same_alone_and_in_a_crowd(path: Path) -> None:
 
 
 @pytest.fixture
-def tight(path: Path) -> Iterator[Callable[[], Engine]]:
+def tight(begin: Begin, path: Path) -> Iterator[Callable[[], Engine]]:
     engines: list[Engine] = []
 
     def make() -> Engine:
-        engines.append(start(path, num_blocks=10, max_num_batched_tokens=32, max_num_seqs=4))
+        engines.append(begin(path, num_blocks=10, max_num_batched_tokens=32, max_num_seqs=4))
         return engines[-1]
 
     yield make
@@ -182,12 +239,17 @@ def test_everything_at_once(tight: Callable[[], Engine], alone: list[tuple[int, 
     check_idle(engine)
 
 
-def test_penalties_read_the_answer_so_far(path: Path) -> None:
+def test_penalties_read_the_answer_so_far(begin: Begin, path: Path) -> None:
     """A bias that repeats one token for ever, until a penalty sees what was said."""
     biased = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logit_bias={5: 20.0})
     penalised = biased.model_copy(update={"repetition_penalty": 10.0})
-    with start(path) as engine:
+    with begin(path) as engine:
         plain, varied = engine.generate(["The quick brown fox"] * 2, [biased, penalised])
+    with start(path) as engine:  # steps taken in one by one
+        assert [o.token_ids for o in engine.generate(["The quick brown fox"] * 2, [biased, penalised])] == [
+            plain.token_ids,
+            varied.token_ids,
+        ]
     assert set(plain.token_ids) == {5}
     assert varied.token_ids[0] == 5
     assert len(set(varied.token_ids)) > 2

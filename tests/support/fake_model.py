@@ -1,21 +1,35 @@
-"""A scheduler's world without tensors: KV slots hold what was written, tokens depend on all of it.
+"""An engine's world without tensors: every KV slot tells what it holds, and every read is checked.
 
-The next token is a hash of everything the sequence's block tables show. If a block is shared
-wrongly, reused too early or written by somebody else, the tokens differ from `expected_tokens`.
+The KV of a token is a chain: a number that depends on the token and on all before it. A next token
+depends on the chain of the last. At launch the runner checks every slot and every encoder row that
+a step reads, as a device would see them at that place of its queue; what it sampled is told only by
+`wait`. Blocks and rows that a step in flight reads or writes must not be written by another.
+
+What an item's failure spoils without anybody knowing at launch is poison: KV made of it is, and so are
+tokens drawn from that. No such token may come out.
 """
 
 from __future__ import annotations
 
+import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from mm_core.cache import BlockPool, EncoderCache
 from mm_core.config import SamplingParams
-from mm_core.errors import MMError
+from mm_core.engine.core import EngineCore
+from mm_core.engine.messages import Submit
+from mm_core.errors import EngineError, MMError
 from mm_core.hashing import get_hasher
+from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler import (
+    EncodeItem,
     SampledToken,
     ScheduledBatch,
+    ScheduledSequence,
     Scheduler,
     SchedulerConfig,
     Sequence,
@@ -24,6 +38,8 @@ from mm_core.scheduler import (
 from mm_core.types import MediaFeature, PlaceholderRange, PreparedRequest
 
 VOCAB = 50
+POISON = -1
+POISONED_TOKEN = 1  # no healthy token is below 8
 IMAGE = 7
 
 
@@ -66,95 +82,281 @@ def make_scheduler(
     )
 
 
-def _content(request: PreparedRequest, position: int, token: int) -> str:
-    for r in request.ranges:
-        if r.offset <= position < r.end:
-            return f"{r.feature.key!r}:{position - r.offset}"
-    return str(token)
+class Truth:
+    """What a lone run of a request gives: the chain of every token, and every output token."""
 
+    def __init__(self, request: PreparedRequest) -> None:
+        self._contents = [str(token) for token in request.token_ids]
+        for r in request.ranges:
+            self._contents[r.offset : r.end] = [f"{r.feature.key!r}:{i}" for i in range(r.length)]
+        self._prompt_len = len(request.token_ids)
+        self._chains: list[int] = []
+        self.tokens: list[int] = []
 
-def _next(contents: list[str]) -> int:
-    return 8 + zlib.crc32("|".join(contents).encode()) % (VOCAB - 8)
+    def chain(self, position: int) -> int:
+        while len(self._chains) <= position:
+            before = self._chains[-1] if self._chains else 0
+            if len(self._chains) == len(self._contents):
+                self._contents.append(str(self.token(len(self._contents) - self._prompt_len)))
+            self._chains.append(zlib.crc32(f"{before}|{self._contents[len(self._chains)]}".encode()))
+        return self._chains[position]
+
+    def token(self, index: int) -> int:
+        """Output token `index`."""
+        while len(self.tokens) <= index:
+            self.tokens.append(8 + self.chain(self._prompt_len + len(self.tokens) - 1) % (VOCAB - 8))
+        return self.tokens[index]
 
 
 def expected_tokens(request: PreparedRequest, limit: int) -> list[int]:
-    contents = [_content(request, i, t) for i, t in enumerate(request.token_ids)]
-    out: list[int] = []
-    while len(out) < limit and len(contents) < 10_000:
-        out.append(_next(contents))
-        contents.append(str(out[-1]))
-    return out
+    truth = Truth(request)
+    return [truth.token(i) for i in range(limit)]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong in a step. nan: sequences without usable logits. media: items that give no rows;
+    late: that is not known at launch. dies: the launch raises; lost: `wait` does."""
+
+    nan: frozenset[int] = frozenset()
+    media: frozenset[bytes] = frozenset()
+    late: bool = False
+    dies: BaseException | None = None
+    lost: BaseException | None = None
+
+
+class _InFlight:
+    """What a launched step reads and writes."""
+
+    def __init__(self, batch: ScheduledBatch) -> None:
+        self.blocks: dict[int, set[tuple[int, int]]] = {}
+        for s in batch.sequences:
+            for block in s.tables["self"]:
+                self.blocks.setdefault(block, set()).add((s.seq.seq_id, s.epoch))
+        self.media = {item.key for item in batch.encode}.union(*map(media_of, batch.sequences))
+
+
+def media_of(s: ScheduledSequence) -> set[bytes]:
+    """Items whose rows a sequence reads in a step."""
+    return {r.feature.key for r in s.seq.ranges if r.offset < s.start + s.length and r.end > s.start}
+
+
+class _Rows(dict[bytes, list[int]]):
+    """Places of items' rows in the slab."""
+
+    calls = 0
 
 
 class FakeRunner:
-    """Writes what it is told into slots; checks that encoder rows are there when they are read."""
+    """A device with a queue: what is launched later sees what was launched before.
 
-    def __init__(self, block_size: int) -> None:
+    broken: the first fault of the scheduler that was seen; the engine takes it for a step's failure.
+    """
+
+    def __init__(self, block_size: int, encoder_rows: int = 64) -> None:
         self.block_size = block_size
-        self.slots: dict[int, str] = {}
-        self.rows: set[bytes] = set()
+        self.slots: dict[int, int] = {}  # KV slot → chain
+        self.last_ids: dict[int, tuple[int, int, int, int]] = {}  # slot → seq_id, epoch, position, token
+        self.slab: list[tuple[bytes, int] | None] = [None] * encoder_rows
+        self.rows = _Rows()
+        self.kv = SimpleNamespace(bytes=0)
         self.encoded: list[bytes] = []
         self.computed_tokens = 0
+        self.in_flight: list[_InFlight] = []
+        self.most_in_flight = 0
+        self.broken: BaseException | None = None
+        self.faults: Callable[[ScheduledBatch], Faults] = lambda batch: Faults()
+        self._truths: dict[int, Truth] = {}
+        self._spoilt: set[bytes] = set()
+
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        try:
+            return self._launch(batch)
+        except (AssertionError, LookupError) as error:
+            self.broken = self.broken or error
+            raise
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
-        self.rows -= set(batch.evicted_media)
+        return self.launch(batch).wait()
+
+    def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        self._check_order(batch)
+        for key in batch.evicted_media:
+            if key not in self._spoilt:  # what reads a spoilt item is void
+                assert not any(key in other.media for other in self.in_flight), "evicted under a step in flight"
+            self.rows.pop(key, None)
+            self._spoilt.discard(key)
+        faults = self.faults(batch)
+        if faults.dies is not None:
+            raise faults.dies
         for item in batch.encode:
-            assert item.key not in self.rows, "encoded although present"
-            self.rows.add(item.key)
-            self.encoded.append(item.key)
-        sampled: dict[int, SampledToken] = {}
-        for s in batch.sequences:
-            assert s.length > 0
-            self.computed_tokens += s.length
-            for position in range(s.start, s.start + s.length):
-                self._write(s.seq, position)
-        for s in batch.sequences:
-            if s.samples:
-                seen = [self.slots[self._slot(s.seq, p)] for p in range(s.start + s.length)]
-                sampled[s.seq.seq_id] = SampledToken(_next(seen))
-        return StepResult(sampled)
+            if item.key not in faults.media or faults.late:
+                self._encode(item, spoilt=item.key in faults.media)
+                if faults.lost is not None:  # nobody can tell what became of its rows
+                    self._spoilt.add(item.key)
+        failed: dict[int, MMError] = {
+            s.seq.seq_id: EngineError("its item could not be encoded")
+            for s in batch.sequences
+            if media_of(s) & faults.media
+        }
+        good = [s for s in batch.sequences if faults.late or s.seq.seq_id not in failed]
+        for s in good:
+            self._write(s)
+        for s in good:
+            self._check_reads(s)
+        sampled = {s.seq.seq_id: self._sample(s) for s in good if s.samples}
+        sampled |= {seq_id: SampledToken(0, finite=False) for seq_id in faults.nan & sampled.keys()}
+        step = _InFlight(batch)
+        self.in_flight.append(step)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
 
-    def _slot(self, seq: Sequence, position: int) -> int:
-        return seq.tables["self"][position // self.block_size] * self.block_size + position % self.block_size
+        def wait() -> StepResult:
+            assert self.in_flight[0] is step, "taken in out of order"
+            self.in_flight.remove(step)
+            if faults.lost is not None:
+                raise faults.lost
+            return StepResult(sampled, failed, faults.media)
 
-    def _write(self, seq: Sequence, position: int) -> None:
+        return LaunchedStep(wait, bool(failed or faults.media) and not faults.late)
+
+    def _check_order(self, batch: ScheduledBatch) -> None:
+        lengths = [s.length for s in batch.sequences]
+        assert lengths == sorted(lengths, key=lambda n: n > 1), "decodes come first"
+        assert batch.num_decodes == lengths.count(1)
+        assert min(lengths, default=1) > 0
+        slots = [s.seq.slot for s in batch.sequences]
+        assert len(set(slots)) == len(slots)
+        assert min(slots, default=0) >= 0
+
+    def _encode(self, item: EncodeItem, *, spoilt: bool) -> None:
+        assert item.key not in self.rows, "encoded although present"
+        count, taken = item.feature.num_tokens, {place for places in self.rows.values() for place in places}
+        free = [place for place in range(len(self.slab)) if place not in taken]
+        assert len(free) >= count, "more rows than the slab has"
+        self.rows[item.key] = free[:count]
+        if spoilt:
+            self._spoilt.add(item.key)
+        for row, place in enumerate(free[:count]):
+            self.slab[place] = None if spoilt else (item.key, row)
+        self.encoded.append(item.key)
+        self.rows.calls += 1
+
+    def _place(self, s: ScheduledSequence, position: int) -> int:
+        return s.tables["self"][position // self.block_size] * self.block_size + position % self.block_size
+
+    def _truth(self, seq: Sequence) -> Truth:
+        return self._truths.setdefault(seq.seq_id, Truth(seq.request))
+
+    def _write(self, s: ScheduledSequence) -> None:
+        self.computed_tokens += s.length
+        who = (s.seq.seq_id, s.epoch)
+        for position in range(s.start, s.start + s.length):
+            block = s.tables["self"][position // self.block_size]
+            for other in self.in_flight:
+                assert other.blocks.get(block, set()) <= {who}, "a block is written that a step in flight uses"
+            spoilt = position > 0 and self.slots[self._place(s, position - 1)] == POISON
+            spoilt |= self._reads_poison(s, position)
+            self.slots[self._place(s, position)] = POISON if spoilt else self._truth(s.seq).chain(position)
+
+    def _reads_poison(self, s: ScheduledSequence, position: int) -> bool:
+        """Check that the token's id, or encoder row, is there by now; whether that one is spoilt."""
+        seq = s.seq
         for r in seq.ranges:
             if r.offset <= position < r.end:
-                assert r.feature.key in self.rows, "fused before it was encoded"
-        self.slots[self._slot(seq, position)] = _content(seq.request, position, seq.token_ids[position])
+                row = position - r.offset
+                found = self.slab[self.rows[r.feature.key][row]]
+                assert found in (None, (r.feature.key, row)), "the row of another item is read"
+                return found is None
+        if position < seq.prompt_len:
+            return False
+        wanted = self._truth(seq).token(position - seq.prompt_len)
+        if position < len(seq.token_ids):
+            assert seq.token_ids[position] == wanted
+            return False
+        token = self.last_ids[seq.slot][3]
+        assert self.last_ids[seq.slot][:3] == (seq.seq_id, s.epoch, position), "no id for this token"
+        assert token in (wanted, POISONED_TOKEN)
+        return token == POISONED_TOKEN
+
+    def _check_reads(self, s: ScheduledSequence) -> None:
+        truth = self._truth(s.seq)
+        for position in range(s.start + s.length):
+            read = self.slots[self._place(s, position)]
+            assert read in (truth.chain(position), POISON), "the KV of another token is read"
+
+    def _sample(self, s: ScheduledSequence) -> SampledToken:
+        end = s.start + s.length
+        spoilt = self.slots[self._place(s, end - 1)] == POISON
+        token = POISONED_TOKEN if spoilt else self._truth(s.seq).token(end - s.seq.prompt_len)
+        self.last_ids[s.seq.slot] = (s.seq.seq_id, s.epoch, end, token)
+        return SampledToken(token)
 
 
 class World:
-    """Scheduler and fake runner, stepped together with the books checked every time."""
+    """Engine core and fake runner, with the books checked whenever they change."""
 
-    def __init__(self, **settings: object) -> None:
-        self.scheduler = make_scheduler(**settings)  # type: ignore[arg-type]
-        self.runner = FakeRunner(self.scheduler.pool.block_size)
+    def __init__(self, *, overlap: bool = False, **settings: Any) -> None:
+        self.scheduler = make_scheduler(**settings)
+        self.runner = FakeRunner(self.scheduler.pool.block_size, self.scheduler.encoder_cache.capacity)
+        self.core = EngineCore(self.scheduler, self.runner, 0, overlap)  # type: ignore[arg-type]
         self.sequences: list[Sequence] = []
-        self.errors: dict[int, MMError] = {}
+        self.errors: dict[str, MMError] = {}
+        self._check("schedule")
+        self._check("update")
+
+    def _check(self, name: str) -> None:
+        real = getattr(self.scheduler, name)
+
+        def checked(*args: Any) -> Any:
+            done = real(*args)
+            self.scheduler.check_integrity()
+            if name == "update":
+                assert all(event.token_id != POISONED_TOKEN for event in done), "a poisoned token came out"
+            if isinstance(done, ScheduledBatch):
+                assert done.num_tokens <= self.scheduler.config.max_num_batched_tokens
+            return done
+
+        setattr(self.scheduler, name, checked)
 
     def add(self, request: PreparedRequest) -> list[Sequence]:
-        new = [Sequence(len(self.sequences) + i, request, i) for i in range(request.params.n)]
+        before = len(self.scheduler.waiting)
+        self.errors |= {o.request_id: o.error for o in self.core.handle(Submit(request)) if o.error}
+        new = list(self.scheduler.waiting)[before:]
         self.sequences += new
-        for seq in new:
-            self.scheduler.add(seq)
         return new
 
-    def step(self) -> bool:
-        batch = self.scheduler.schedule()
-        self.scheduler.check_integrity()
-        if batch is None:
-            return False
-        assert batch.num_tokens <= self.scheduler.config.max_num_batched_tokens
-        for event in self.scheduler.update(batch, self.runner.execute(batch)):
-            if event.error is not None:
-                self.errors[event.seq.seq_id] = event.error
-        self.scheduler.check_integrity()
-        return True
+    def step(self) -> None:
+        if self.core.has_work:
+            outputs = self.core.step()
+            if self.runner.broken:
+                raise self.runner.broken
+            self.errors |= {o.request_id: o.error for o in outputs if o.error}
 
-    def run(self, limit: int = 2000) -> None:
+    def run(self, limit: int = 3000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_work:
+            if not self.core.has_work:
+                assert not self.runner.in_flight
                 return
-            assert self.step(), "work left but nothing was scheduled"
-        raise AssertionError("the scheduler did not finish")
+            self.step()
+        raise AssertionError("the engine did not finish")
+
+
+def random_faults(seed: int, rate: float) -> Callable[[ScheduledBatch], Faults]:
+    """NaN logits, items that cannot be encoded and steps that fail, now and then."""
+    dice = random.Random(seed)
+
+    def odd(batch: ScheduledBatch) -> Faults:
+        if dice.random() >= rate:
+            return Faults()
+        kind = dice.choice(["nan", "media", "late", "dies", "lost"])
+        if kind == "dies":
+            return Faults(dies=RuntimeError("not launched"))
+        if kind == "lost":
+            return Faults(lost=RuntimeError("failed on the device"))
+        if kind == "nan" and batch.sequences:
+            return Faults(nan=frozenset({dice.choice(batch.sequences).seq.seq_id}))
+        if not batch.encode:
+            return Faults()
+        return Faults(media=frozenset({dice.choice(batch.encode).key}), late=kind == "late")
+
+    return odd

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from support.fake_model import World, expected_tokens, feature, make_request
+from support.fake_model import World, expected_tokens, feature, make_request, random_faults
 
 from mm_core.config import SamplingParams
+from mm_core.engine.messages import Abort, ClearCache
 from mm_core.errors import EngineError
-from mm_core.scheduler import Candidate, SampledToken, StepResult, longest_prefix_first
+from mm_core.scheduler import Candidate, SampledToken, Sequence, StepResult, longest_prefix_first
 from mm_core.types import FinishReason
+
+Make = Callable[..., World]
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "overlapped"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Worlds whose steps are taken in before the next one is scheduled, and after."""
+    return partial(World, overlap=request.param)
 
 
 def check_all(world: World) -> None:
     for seq in world.sequences:
-        if seq.seq_id not in world.errors:
+        if seq.request.request_id not in world.errors:
             wanted = expected_tokens(seq.request, seq.params.max_tokens or 0)
             assert seq.output_token_ids == wanted, seq.seq_id
 
@@ -26,8 +38,8 @@ def greedy(n: int) -> SamplingParams:
     return SamplingParams(max_tokens=n, temperature=0)
 
 
-def test_second_request_reuses_the_prefix() -> None:
-    world = World()
+def test_second_request_reuses_the_prefix(make: Make) -> None:
+    world = make()
     prompt = list(range(10, 31))
     world.add(make_request("a", prompt))
     world.run()
@@ -39,8 +51,8 @@ def test_second_request_reuses_the_prefix() -> None:
     check_all(world)
 
 
-def test_full_hit_still_computes_the_last_block() -> None:
-    world = World()
+def test_full_hit_still_computes_the_last_block(make: Make) -> None:
+    world = make()
     prompt = list(range(10, 26))  # exactly four blocks
     world.add(make_request("a", prompt))
     world.run()
@@ -50,8 +62,8 @@ def test_full_hit_still_computes_the_last_block() -> None:
     check_all(world)
 
 
-def test_reuse_can_be_off() -> None:
-    world = World(reuse=False)
+def test_reuse_can_be_off(make: Make) -> None:
+    world = make(reuse=False)
     for name in "ab":
         (seq,) = world.add(make_request(name, range(10, 31)))
         world.run()
@@ -60,8 +72,8 @@ def test_reuse_can_be_off() -> None:
     check_all(world)
 
 
-def test_identical_prompts_in_flight_are_computed_once() -> None:
-    world = World(max_tokens=64)
+def test_identical_prompts_in_flight_are_computed_once(make: Make) -> None:
+    world = make(max_tokens=64)
     prompt = [10, 11, feature("cat", 8), *range(12, 20)]
     for name in "abcd":
         world.add(make_request(name, prompt))
@@ -94,8 +106,8 @@ def test_a_waiter_takes_over(how: str) -> None:
     check_all(world)
 
 
-def test_same_tokens_other_media_share_nothing() -> None:
-    world = World()
+def test_same_tokens_other_media_share_nothing(make: Make) -> None:
+    world = make()
     (first,) = world.add(make_request("a", [10, feature("cat", 12), 11, 12]))
     world.run()
     (second,) = world.add(make_request("b", [10, feature("dog", 12), 11, 12]))
@@ -105,8 +117,8 @@ def test_same_tokens_other_media_share_nothing() -> None:
     check_all(world)
 
 
-def test_salt_and_context_separate() -> None:
-    world = World()
+def test_salt_and_context_separate(make: Make) -> None:
+    world = make()
     prompt = list(range(10, 31))
     world.add(make_request("a", prompt, cache_salt="one"))
     world.run()
@@ -119,8 +131,8 @@ def test_salt_and_context_separate() -> None:
     assert seq.num_cached_tokens == 20
 
 
-def test_long_prompts_run_in_chunks_beside_decodes() -> None:
-    world = World(max_tokens=8, num_blocks=64)
+def test_long_prompts_run_in_chunks_beside_decodes(make: Make) -> None:
+    world = make(max_tokens=8, num_blocks=64)
     world.add(make_request("short", [10, 11, 12], greedy(20)))
     world.step()
     world.add(make_request("long", range(8, 48), greedy(3)))
@@ -133,8 +145,8 @@ def test_long_prompts_run_in_chunks_beside_decodes() -> None:
     check_all(world)
 
 
-def test_preemption_keeps_tokens() -> None:
-    world = World(num_blocks=12, max_tokens=32)
+def test_preemption_keeps_tokens(make: Make) -> None:
+    world = make(num_blocks=12, max_tokens=32)
     for i in range(4):
         world.add(make_request(str(i), range(10 + i, 18 + i), greedy(24)))
     world.run()
@@ -152,15 +164,15 @@ def test_encoder_budget_cuts_a_chunk_before_the_item() -> None:
     check_all(world)
 
 
-def test_an_item_over_the_encoder_budget_runs_alone() -> None:
-    world = World(encoder_budget=4)
+def test_an_item_over_the_encoder_budget_runs_alone(make: Make) -> None:
+    world = make(encoder_budget=4)
     world.add(make_request("a", [10, feature("x", 8), feature("y", 8)]))
     world.run()
     check_all(world)
 
 
-def test_encoder_rows_outlive_the_request_and_are_evicted_for_room() -> None:
-    world = World(encoder_rows=20, reuse=False)
+def test_encoder_rows_outlive_the_request_and_are_evicted_for_room(make: Make) -> None:
+    world = make(encoder_rows=20, reuse=False)
     for name in ("x", "x", "y", "z", "x"):
         world.add(make_request(name, [10, feature(name, 8), 11]))
         world.run()
@@ -168,8 +180,8 @@ def test_encoder_rows_outlive_the_request_and_are_evicted_for_room() -> None:
     check_all(world)
 
 
-def test_one_item_twice_in_a_prompt_is_encoded_once() -> None:
-    world = World(encoder_rows=8)
+def test_one_item_twice_in_a_prompt_is_encoded_once(make: Make) -> None:
+    world = make(encoder_rows=8)
     x = feature("x", 8)
     world.add(make_request("a", [10, x, 11, x, 12]))
     world.run()
@@ -225,9 +237,9 @@ def test_a_failed_item_is_encoded_anew_for_who_else_held_it() -> None:
     check_all(world)
 
 
-def test_admission_leaves_room_for_prompts_under_way() -> None:
+def test_admission_leaves_room_for_prompts_under_way(make: Make) -> None:
     """A long prompt that runs in chunks keeps the blocks it will want: nobody is preempted for it."""
-    world = World(num_blocks=24, max_tokens=8)
+    world = make(num_blocks=24, max_tokens=8)
     world.add(make_request("long", range(8, 88), greedy(2)))
     world.step()
     world.add(make_request("late", [*range(8, 48), 9], greedy(2)))
@@ -236,10 +248,64 @@ def test_admission_leaves_room_for_prompts_under_way() -> None:
     check_all(world)
 
 
-def test_stop_ids_and_limits() -> None:
+def test_what_is_shared_is_no_room_for_the_rest() -> None:
+    """Cached blocks that a new sequence shares cannot be evicted for its other blocks."""
+    world = World(num_blocks=8, max_tokens=32)
+    prompt = list(range(10, 34))
+    world.add(make_request("a", prompt, greedy(1)))
+    world.run()
+    world.add(make_request("busy", [5, 6, 8, 9, 5], greedy(20)))
+    world.step()
+    assert world.scheduler.pool.counts() == {"free": 0, "cached": 6, "in_use": 2, "pending": 0}
+    (late,) = world.add(make_request("late", [*prompt[:20], 9, 9, 9, 9, 9, 9], greedy(1)))
+    world.step()
+    assert late.num_computed_tokens == 0
+    world.run()
+    check_all(world)
+
+
+def test_blocks_in_flight_are_waited_for_rather_than_taken_from_others(make: Make) -> None:
+    """With steps in flight a preempted sequence's blocks come a step later: one preemption is enough."""
+    world = make(num_blocks=12, max_tokens=32)
+    for i in range(4):
+        world.add(make_request(str(i), range(10 + i, 18 + i), greedy(24)))
+    counts = [0]
+    while world.core.has_work:
+        world.step()
+        counts.append(world.scheduler.stats.preemptions)
+    assert counts[-1] > 0
+    assert max(after - before for before, after in pairwise(counts)) == 1
+    check_all(world)
+
+
+def test_an_answer_about_to_end_is_not_preempted() -> None:
+    """Its last token is in flight: the blocks come back by themselves."""
+    world = World(overlap=True, num_blocks=5, max_tokens=16, reuse=False)
+    (first,) = world.add(make_request("first", range(10, 16), greedy(8)))
+    world.add(make_request("second", range(20, 22), greedy(7)))
+    world.run()
+    assert first.num_output_tokens == 8
+    assert world.scheduler.stats.preemptions == 0
+    check_all(world)
+
+
+def test_a_cleared_prefix_is_not_remembered() -> None:
+    world = World(max_num_seqs=1)
+    prompt = list(range(10, 31))
+    world.add(make_request("a", prompt))
+    world.run()
+    (seq,) = world.add(make_request("b", prompt))
+    assert world.scheduler.reuse.look_up(seq) == 5
+    world.core.handle(ClearCache())
+    assert world.scheduler.reuse.look_up(seq) == 0
+    world.run()
+    assert seq.num_cached_tokens == 0
+
+
+def test_stop_ids_and_limits(make: Make) -> None:
     prompt = list(range(10, 20))
     wanted = expected_tokens(make_request("x", prompt), 6)
-    world = World()
+    world = make()
     (eos,) = world.add(make_request("a", prompt, greedy(6), stop_token_ids=frozenset({wanted[2]})))
     ignore = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
     (free,) = world.add(make_request("b", prompt, ignore, stop_token_ids=frozenset({wanted[2]})))
@@ -260,11 +326,12 @@ def test_policy_prefers_cached_prefixes_and_ages() -> None:
     assert longest_prefix_first([fresh, Candidate(1, 0, 0)]) == [0, 1]
 
 
-MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9)]
+MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9), feature("d", 2, cost=100)]
 PARTS = st.lists(st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14)
+STOPS = st.sampled_from([frozenset(), frozenset(range(8, 14)), frozenset({20})])
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2)),
+        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2), STOPS),
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("clear")),
@@ -276,18 +343,22 @@ ACTIONS = st.lists(
 
 WORLDS = {
     "actions": ACTIONS,
-    "num_blocks": st.integers(24, 40),
-    "max_tokens": st.integers(3, 40),
+    "overlap": st.booleans(),
+    "num_blocks": st.integers(8, 40),
+    "max_num_seqs": st.integers(1, 6),
+    "max_tokens": st.integers(1, 40),
     "encoder_rows": st.integers(9, 30),
     "encoder_budget": st.integers(1, 80),
     "reuse": st.booleans(),
+    "faults": st.one_of(st.none(), st.integers(0, 1000)),
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(**WORLDS)
 def test_random_life(**world: Any) -> None:
-    """Adds, aborts, steps and evictions in any order: books balance, tokens are those of a lone run."""
+    """Adds, aborts, steps, evictions and faults in any order: books balance, nothing is read that is not
+    there or not to be read, tokens are those of a lone run."""
     live(**world)
 
 
@@ -298,41 +369,53 @@ def test_random_life_at_length(**world: Any) -> None:
     live(**world)
 
 
-def live(
-    actions: list[tuple], num_blocks: int, max_tokens: int, encoder_rows: int, encoder_budget: int, reuse: bool
-) -> None:
-    world = World(
-        num_blocks=num_blocks,
-        max_tokens=max_tokens,
-        encoder_rows=encoder_rows,
-        encoder_budget=encoder_budget,
-        reuse=reuse,
-        max_num_seqs=5,
-    )
+def lone_answer(seq: Sequence) -> list[int]:
+    """Up to a stop token or the length asked for."""
+    tokens = expected_tokens(seq.request, seq.params.max_tokens or 0)
+    ends = [i + 1 for i, token in enumerate(tokens) if token in seq.request.stop_token_ids]
+    return tokens[: min(ends, default=len(tokens))]
+
+
+def live(actions: list[tuple], faults: int | None, **settings: Any) -> None:
+    world = World(**settings)
+    if faults is not None:
+        world.runner.faults = random_faults(faults, 0.1)
     aborted = set()
     for name, *values in actions:
         if name == "add":
-            parts, length, n = values
-            request = make_request(
-                str(len(world.sequences)), parts, SamplingParams(max_tokens=length, temperature=0, n=n)
-            )
-            if len(request.token_ids) + length <= num_blocks * 4:
+            parts, length, n, stops = values
+            params = SamplingParams(max_tokens=length, temperature=0, n=n)
+            request = make_request(str(len(world.sequences)), parts, params, stop_token_ids=stops)
+            if len(request.token_ids) + length <= settings["num_blocks"] * 4:
                 world.add(request)
         elif name == "step":
             for _ in range(values[0]):
                 world.step()
         elif name == "clear":
-            world.scheduler.prefix.clear()
+            world.core.handle(ClearCache())
             world.scheduler.check_integrity()
         elif world.sequences:
             seq = world.sequences[values[0] % len(world.sequences)]
-            world.scheduler.finish(seq, FinishReason.ABORT)
+            world.core.handle(Abort(seq.request.request_id))
             world.scheduler.check_integrity()
-            aborted.add(seq.seq_id)
+            aborted.add(seq.request.request_id)
     world.run()
     for seq in world.sequences:
-        if seq.seq_id not in aborted:
-            assert seq.output_token_ids == expected_tokens(seq.request, seq.params.max_tokens or 0)
-    counts = world.scheduler.pool.counts()
+        wanted, request_id = lone_answer(seq), seq.request.request_id
+        if request_id in world.errors or request_id in aborted:
+            assert seq.output_token_ids == wanted[: seq.num_output_tokens]
+        else:
+            assert seq.output_token_ids == wanted
+    assert faults is not None or not world.errors
+    assert world.core.request_ids == []
+    check_empty(world)
+
+
+def check_empty(world: World) -> None:
+    """Nothing is held by anybody."""
+    scheduler = world.scheduler
+    counts = scheduler.pool.counts()
     assert counts["in_use"] == counts["pending"] == 0
-    assert counts["free"] + counts["cached"] == num_blocks
+    assert counts["free"] + counts["cached"] == scheduler.pool.num_blocks
+    scheduler.encoder_cache.check_integrity(set())
+    assert scheduler.encoder_cache.room == scheduler.encoder_cache.capacity

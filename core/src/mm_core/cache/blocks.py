@@ -37,6 +37,15 @@ class BlockPool:
         """Blocks that `allocate` could hand out now: free ones and evictable cached ones."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def num_pending(self) -> int:
+        """Blocks that come back when the steps in flight complete."""
+        return len(self._pending)
+
+    def num_cached(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks `share` would take from those that `allocate` could hand out."""
+        return sum(block in self._cached for block in blocks)
+
     def counts(self) -> dict[str, int]:
         """Blocks in each state; the values sum to `num_blocks`."""
         free, cached, pending = len(self._free), len(self._cached), len(self._pending)
@@ -105,6 +114,8 @@ class BlockPool:
     def complete_step(self, step: int) -> None:
         """The step and all before it are done: what waited for them is free or cached now."""
         self._steps = [s for s in self._steps if s > step]
+        if not self._pending:
+            return
         done = [block for block, last in self._pending.items() if last <= step]
         for block in done:
             del self._pending[block]
@@ -115,12 +126,13 @@ class BlockPool:
 
     def drop_cached(self) -> list[int]:
         """Forget all published content that nobody uses; returns the blocks."""
-        dropped = list(self._cached)
+        pending = [block for block in self._pending if self._published[block]]
+        dropped = [*self._cached, *pending]  # a pending one is free, not cached, when its step completes
         for block in dropped:
             self._published[block] = False
             if self.on_evict is not None:
                 self.on_evict(block)
-        self._free.extend(dropped)
+        self._free.extend(self._cached)
         self._cached.clear()
         return dropped
 

@@ -1,24 +1,44 @@
 """EncoderCache: which items' encoder rows are on the device. Bookkeeping only, no tensors.
 
-An item some sequence still needs is never evicted. Of the others the one goes first that is
-cheapest to make again for the room it takes, with recency as in GreedyDual-Size (Cao and Irani,
-1997): priority = clock + cost / rows, the clock being the priority of the last one evicted.
+Every item is in exactly one state:
+
+    held     a sequence reads it, or a step in flight may read or write it: it stays
+    kept     waiting for a sequence that will need it: it leaves only for one that needs room now
+    loose    nobody needs it; evicted first
+
+Of the loose ones that goes first which is cheapest to make again for the room it takes, with
+recency as in GreedyDual-Size (Cao and Irani, 1997): priority = clock + cost / rows, the clock being
+the priority of the last one evicted. Of the kept ones the newest goes first.
+
+So rows are given to another item only after the last step that reads them has completed, and what
+is encoded ahead of need never keeps a running sequence from its own media.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+import enum
+import heapq
+import itertools
 from dataclasses import dataclass, field
 
 
-@dataclass
+class _State(enum.IntEnum):
+    HELD = 0
+    KEPT = 1
+    LOOSE = 2
+
+
+@dataclass(slots=True)
 class EncoderEntry:
-    """One item's rows; `holders` are the ids of sequences that still need them."""
+    """One item's rows. holders: ids of sequences that read them; keepers: of those that will."""
 
     rows: int
     cost: int
     priority: float
     holders: set[int] = field(default_factory=set)
+    keepers: set[int] = field(default_factory=set)
+    state: _State = _State.LOOSE
+    stamp: int = 0  # of its place among the loose ones
 
 
 class EncoderCache:
@@ -26,11 +46,15 @@ class EncoderCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.used = 0
         self.hits = 0
         self.misses = 0
         self._clock = 0.0
-        self._entries: dict[bytes, EncoderEntry] = {}
+        self._entries: dict[bytes, EncoderEntry] = {}  # in order of their encoding
+        self._rows = [0, 0, 0]  # by state
+        self._busy: dict[bytes, int] = {}  # item → the step that must complete before it may go
+        self._last_step = 0  # the newest in flight, 0 if none is
+        self._loose: list[tuple[float, int, bytes]] = []  # heap of (priority, stamp, key), with stale ones
+        self._stamps = itertools.count(1)
         self._evicted: list[bytes] = []
 
     def __contains__(self, key: bytes) -> bool:
@@ -39,44 +63,122 @@ class EncoderCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def used(self) -> int:
+        """Rows taken."""
+        return sum(self._rows)
+
+    @property
+    def room(self) -> int:
+        """Rows that a sequence which runs now can have beside what is held."""
+        return self.capacity - self._rows[_State.HELD]
+
+    def is_held(self, key: bytes) -> bool:
+        """Whether an item is there and stays: another holder takes no room."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.state is _State.HELD
+
+    # -- who needs what --------------------------------------------------------------------
+
     def acquire(self, key: bytes, holder: int) -> None:
         """One more holder of a present item (idempotent for the same holder)."""
         entry = self._entries[key]
         if holder not in entry.holders:
-            self.hits += 1
+            self._count_hit(entry, holder)
             entry.holders.add(holder)
-            entry.priority = self._clock + entry.cost / entry.rows
+            entry.keepers.discard(holder)
+            self._settle(key, entry)
 
-    def has_room(self, rows: int, keep: Set[bytes]) -> bool:
-        """Whether `rows` more fit beside what is held and the items in `keep`."""
-        fixed = sum(e.rows for k, e in self._entries.items() if e.holders or k in keep)
-        return rows <= self.capacity - fixed
+    def keep(self, key: bytes, keeper: int) -> None:
+        """One more sequence that will need a present item (idempotent)."""
+        entry = self._entries[key]
+        if keeper not in entry.holders and keeper not in entry.keepers:
+            self._count_hit(entry, keeper)
+            entry.keepers.add(keeper)
+            self._settle(key, entry)
 
-    def allocate(self, key: bytes, rows: int, cost: int, holder: int) -> bool:
-        """Room for a new item, evicting unheld ones; False if even that does not make enough."""
-        if not self.has_room(rows, frozenset()):
-            return False
-        while self.used + rows > self.capacity:
-            self._evict_one()
-        self.misses += 1
-        self.used += rows
-        self._entries[key] = EncoderEntry(rows, cost, self._clock + cost / max(rows, 1), {holder})
-        return True
-
-    def _evict_one(self) -> None:
-        key = min((k for k, e in self._entries.items() if not e.holders), key=lambda k: self._entries[k].priority)
-        self._clock = self._entries[key].priority
-        self.discard(key)
+    def _count_hit(self, entry: EncoderEntry, who: int) -> None:
+        if who not in entry.keepers:
+            self.hits += 1
+            entry.priority = self._clock + entry.cost / max(entry.rows, 1)
 
     def release(self, key: bytes, holder: int) -> None:
-        """The holder needs the item no more; it stays until room is wanted."""
+        """A holder or keeper needs the item no more, and no step in flight reads it for that one."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.holders.discard(holder)
+            entry.keepers.discard(holder)
+            self._settle(key, entry)
+
+    def abandon(self, key: bytes, holder: int) -> None:
+        """As `release`, but a step in flight may still read the item: it stays until that completes."""
+        entry = self._entries.get(key)
+        if entry is not None and self._last_step and holder in entry.holders:
+            self._busy[key] = self._last_step
+        self.release(key, holder)
+
+    def _settle(self, key: bytes, entry: EncoderEntry) -> None:
+        """Put an entry into the state that follows from who needs it."""
+        held = entry.holders or key in self._busy
+        state = _State.HELD if held else _State.KEPT if entry.keepers else _State.LOOSE
+        if state is not entry.state:
+            self._rows[entry.state] -= entry.rows
+            self._rows[state] += entry.rows
+            entry.state = state
+            if state is _State.LOOSE:
+                self._push_loose(key, entry)
+
+    def _push_loose(self, key: bytes, entry: EncoderEntry) -> None:
+        if len(self._loose) > 2 * len(self._entries) + 64:  # mostly stale
+            self._loose = [item for item in self._loose if self._is_current(item)]
+            heapq.heapify(self._loose)
+        entry.stamp = next(self._stamps)
+        heapq.heappush(self._loose, (entry.priority, entry.stamp, key))
+
+    def _is_current(self, item: tuple[float, int, bytes]) -> bool:
+        entry = self._entries.get(item[2])
+        return entry is not None and entry.state is _State.LOOSE and entry.stamp == item[1]
+
+    # -- room ------------------------------------------------------------------------------
+
+    def allocate(self, key: bytes, rows: int, cost: int, holder: int, step: int) -> bool:
+        """Room for a new item that `step` encodes and reads, evicting loose and kept ones; False if too little."""
+        if rows > self.room:
+            return False
+        self._insert(key, EncoderEntry(rows, cost, 0.0, holders={holder}), step)
+        return True
+
+    def allocate_ahead(self, key: bytes, rows: int, cost: int, keeper: int, step: int) -> bool:
+        """Room for a new item that `step` encodes for later, evicting loose ones; False if too little."""
+        if rows > self.room - self._rows[_State.KEPT]:
+            return False
+        self._insert(key, EncoderEntry(rows, cost, 0.0, keepers={keeper}), step)
+        return True
+
+    def _insert(self, key: bytes, entry: EncoderEntry, step: int) -> None:
+        while self.used + entry.rows > self.capacity:
+            self._evict_one()
+        self.misses += 1
+        entry.priority = self._clock + entry.cost / max(entry.rows, 1)
+        entry.state = _State.HELD
+        self._rows[_State.HELD] += entry.rows
+        self._entries[key] = entry
+        self._busy[key] = step
+
+    def _evict_one(self) -> None:
+        while self._loose:
+            item = heapq.heappop(self._loose)
+            if self._is_current(item):
+                self._clock = item[0]
+                self.discard(item[2])
+                return
+        self.discard(next(k for k in reversed(self._entries) if self._entries[k].state is _State.KEPT))
 
     def discard(self, key: bytes) -> None:
-        """Forget an item now (evicted, or its encoding failed)."""
-        self.used -= self._entries.pop(key).rows
+        """Forget an item now (evicted, or its encoding failed), whoever holds it."""
+        entry = self._entries.pop(key)
+        self._rows[entry.state] -= entry.rows
+        self._busy.pop(key, None)
         self._evicted.append(key)
 
     def take_evicted(self) -> list[bytes]:
@@ -84,10 +186,32 @@ class EncoderCache:
         evicted, self._evicted = self._evicted, []
         return evicted
 
+    # -- steps -----------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """A step that may read any held item was launched."""
+        self._last_step = step
+
+    def complete_step(self, step: int) -> None:
+        """The step and all before it are done."""
+        if step >= self._last_step:
+            self._last_step = 0
+        for key in [key for key, last in self._busy.items() if last <= step]:
+            del self._busy[key]
+            self._settle(key, self._entries[key])
+
     def check_integrity(self, holders: set[int]) -> None:
         """Raise RuntimeError if the room is miscounted or a holder is not among the live `holders`."""
-        if self.used != sum(e.rows for e in self._entries.values()) or self.used > self.capacity:
-            raise RuntimeError(f"encoder cache counts {self.used} rows of {self.capacity}")
-        stray = {h for e in self._entries.values() for h in e.holders} - holders
+        rows = [sum(e.rows for e in self._entries.values() if e.state is state) for state in _State]
+        if rows != self._rows or self.used > self.capacity:
+            raise RuntimeError(f"encoder cache counts {self._rows} rows by state, holds {rows} of {self.capacity}")
+        for key, entry in self._entries.items():
+            held = entry.holders or key in self._busy
+            if entry.state is not (_State.HELD if held else _State.KEPT if entry.keepers else _State.LOOSE):
+                raise RuntimeError(f"an encoder cache entry is in state {entry.state.name} by mistake")
+        loose = sum(e.state is _State.LOOSE for e in self._entries.values())
+        if loose != sum(map(self._is_current, self._loose)):
+            raise RuntimeError("a loose encoder cache entry cannot be evicted")
+        stray = {h for e in self._entries.values() for h in e.holders | e.keepers} - holders
         if stray:
             raise RuntimeError(f"encoder cache entries held by sequences that are gone: {sorted(stray)[:8]}")

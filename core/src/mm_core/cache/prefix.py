@@ -8,13 +8,12 @@ of keys cannot give another request's tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mm_core.cache.blocks import BlockPool
 
 
-@dataclass(frozen=True)
-class BlockContent:
+class BlockContent(NamedTuple):
     """A full block's key and the token ids it was computed from."""
 
     key: bytes
@@ -25,7 +24,8 @@ class PrefixCache:
     """Finds and publishes full blocks of a pool."""
 
     def __init__(self, pool: BlockPool) -> None:
-        self.version = 0  # grows with every publication: tells whether a lookup can have improved
+        self.published = 0  # grows with every publication: tells whether a lookup can have improved
+        self.forgotten = 0  # grows with every block that is not findable any more
         self._pool = pool
         self._by_key: dict[bytes, int] = {}
         self._content: dict[int, BlockContent] = {}
@@ -34,10 +34,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def lookup(self, contents: Sequence[BlockContent]) -> list[int]:
-        """Blocks of the longest published prefix of `contents`, not yet shared."""
+    def lookup(self, contents: Sequence[BlockContent], first: int = 0, end: int | None = None) -> list[int]:
+        """Blocks of the longest published run of contents[first:end], not yet shared."""
         blocks: list[int] = []
-        for content in contents:
+        for index in range(first, len(contents) if end is None else end):
+            content = contents[index]
             block = self._by_key.get(content.key)
             if block is None or self._content[block].token_ids != content.token_ids:
                 break
@@ -51,7 +52,7 @@ class PrefixCache:
         self._by_key[content.key] = block
         self._content[block] = content
         self._pool.publish(block)
-        self.version += 1
+        self.published += 1
 
     def clear(self) -> None:
         """Forget every block that nobody uses."""
@@ -60,3 +61,4 @@ class PrefixCache:
     def _forget(self, block: int) -> None:
         content = self._content.pop(block)
         del self._by_key[content.key]
+        self.forgotten += 1

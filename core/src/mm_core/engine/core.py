@@ -7,31 +7,52 @@ import logging
 import queue
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
+from mm_core.engine.precedence import Precedence
 from mm_core.errors import EngineError, MediaTooLargeError, MMError
-from mm_core.runner.runner import ModelRunner
+from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler.scheduler import Scheduler
-from mm_core.scheduler.sequence import ScheduledBatch, StepResult, TokenEvent
+from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence, Status, StepResult, TokenEvent
 from mm_core.scheduler.sequence import Sequence as SequenceState
+from mm_core.tracing import SpanRecorder
 from mm_core.types import FinishReason, PreparedRequest
+
+if TYPE_CHECKING:
+    from mm_core.runner.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Turns messages into steps and steps into outputs. Single-threaded by design."""
+    """Turns messages into steps and steps into outputs. Single-threaded by design.
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, seed: int) -> None:
+    overlap: a step is scheduled and launched before the one before it is taken in, so that the device
+    never waits for Python. Answers that end are then noticed one step late, and what was computed
+    behind their end is dropped.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, seed: int, overlap: bool = False) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._stay = 1 if overlap else 0  # steps left in flight behind a launch
+        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
+        self.precedence = Precedence()
         self._random = random.Random(seed)
         self._next_id = 0
         self._requests: dict[str, list[SequenceState]] = {}
+        self.recorder: SpanRecorder | None = None  # gets what this thread does in a step
+
+    def _span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.span("engine", name)
 
     def handle(self, message: Message) -> list[TokenOutput]:
         """Take one message; returns what it ended at once."""
@@ -70,8 +91,7 @@ class EngineCore:
         outputs = []
         for seq in ended:
             self.scheduler.finish(seq, reason)
-            outputs.append(self._output(TokenEvent(seq, None, finish_reason=reason)))
-            self._forget(seq)
+            outputs += self._report([TokenEvent(seq, None, finish_reason=reason)])
         return outputs
 
     def _forget(self, seq: SequenceState) -> None:
@@ -90,77 +110,116 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return bool(self._in_flight) or self.scheduler.has_work
 
     def step(self) -> list[TokenOutput]:
-        """Schedule, run and take in one step."""
+        """Launch a step and take in what is due: with overlap the one before it, else itself."""
         preemptions = self.scheduler.stats.preemptions
-        batch = self.scheduler.schedule()
-        if batch is None:
-            return self._stuck() if self.scheduler.stats.preemptions == preemptions else []
-        events = self.scheduler.update(batch, self._execute(batch))
-        return [self._report(event) for event in events]
+        with self._span("schedule"):
+            batch = self.scheduler.schedule()
+        if batch is not None:
+            return self._launch(batch)
+        if self._in_flight:
+            return self._take_in()
+        return self._stuck() if self.scheduler.stats.preemptions == preemptions else []
 
-    def _execute(self, batch: ScheduledBatch) -> StepResult:
-        """Run a step. Where it fails, run its sequences one by one, so that only those at fault end.
+    def drain(self) -> list[TokenOutput]:
+        """Take in all that is in flight."""
+        outputs: list[TokenOutput] = []
+        while self._in_flight:
+            outputs += self._take_in()
+        return outputs
 
-        Running one again is safe: it writes the same KV to the same slots.
-        """
+    def _launch(self, batch: ScheduledBatch) -> list[TokenOutput]:
         try:
-            return self.runner.execute(batch)
+            with self._span("launch"):
+                launched = self.runner.launch(batch)
         except BaseException as error:  # a plugin's sys.exit, too: nobody else would ever hear
+            _raise_if_lost(error)
             logger.exception("step %d failed", batch.step)
-            if len(batch.sequences) <= 1:
-                return self._failed_step(batch, error)
-        parts = []
-        for scheduled in batch.sequences:
-            held = scheduled.seq.held_media
-            encode = tuple(i for i in batch.encode if i.key in held and i.key not in self.runner.rows)
-            parts.append(self._execute(replace(batch, sequences=(scheduled,), encode=encode, evicted_media=())))
+            outputs = self.drain()  # in order; some of the batch's sequences may end here
+            return outputs + self._update(batch, self._retry(batch, error))
+        self._in_flight.append((batch, launched))
+        outputs = []
+        while len(self._in_flight) > (0 if launched.failed else self._stay):
+            outputs += self._take_in()
+        return outputs
+
+    def _take_in(self) -> list[TokenOutput]:
+        """Wait for the oldest step in flight; what it brought."""
+        batch, launched = self._in_flight.popleft()
+        try:
+            with self._span("wait"), self.precedence.waiting():
+                result = launched.wait()
+        except BaseException as error:
+            _raise_if_lost(error)
+            logger.exception("step %d failed on the device", batch.step)
+            result = _failed(batch.sequences, error, (item.key for item in batch.encode))
+        return self._update(batch, result)
+
+    def _update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
+        with self._span("update"):
+            return self._report(self.scheduler.update(batch, result))
+
+    def _retry(self, batch: ScheduledBatch, error: BaseException) -> StepResult:
+        """Run the sequences of a step that could not be launched one by one, so that only those at fault end.
+
+        Running one again is safe: it writes the same KV to the same slots. What was to be encoded
+        ahead is left for the steps that need it.
+        """
+        held = set().union(*(s.seq.held_media for s in batch.sequences))
+        alone = len(batch.sequences) == 1 and all(item.key in held for item in batch.encode)
+        live = [s for s in batch.sequences if s.seq.status is Status.RUNNING and s.seq.epoch == s.epoch]
+        parts = [_failed(live, error)] if alone else [self._run_alone(batch, s) for s in live]
         return StepResult(
             {k: v for p in parts for k, v in p.sampled.items()},
             {k: v for p in parts for k, v in p.failed.items()},
-            frozenset().union(*(p.failed_media for p in parts)),
+            frozenset(i.key for i in batch.encode if i.key not in self.runner.rows).union(
+                *(p.failed_media for p in parts)
+            ),
         )
 
-    def _failed_step(self, batch: ScheduledBatch, error: BaseException) -> StepResult:
-        fault = error if isinstance(error, MMError) else EngineError(
-            f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."
-        )  # fmt: skip
-        if fault is not error:
-            fault.__cause__ = error
-        failed = {s.seq.seq_id: fault for s in batch.sequences}
-        return StepResult({}, failed, frozenset(i.key for i in batch.encode if i.key not in self.runner.rows))
+    def _run_alone(self, batch: ScheduledBatch, scheduled: ScheduledSequence) -> StepResult:
+        held = scheduled.seq.held_media
+        encode = tuple(i for i in batch.encode if i.key in held and i.key not in self.runner.rows)
+        try:
+            part = replace(batch, sequences=(scheduled,), encode=encode, evicted_media=())
+            return self.runner.launch(part).wait()
+        except BaseException as error:
+            _raise_if_lost(error)
+            logger.exception("step %d failed for one request", batch.step)
+            return _failed((scheduled,), error, (i.key for i in encode if i.key not in self.runner.rows))
 
     def _stuck(self) -> list[TokenOutput]:
         """Nothing could be scheduled though there is work: a request that can never run. End it."""
-        seq = (self.scheduler.running or self.scheduler.waiting)[0]
+        seq = next(iter(self.scheduler.running or self.scheduler.waiting))
         self.scheduler.finish(seq, FinishReason.ERROR)
         error = EngineError(
             f"A request of {seq.num_tokens} tokens cannot be scheduled: the KV cache or the encoder cache is too "
             "small for it. Raise KvCacheConfig(num_blocks / cpu_cache_size / free_gpu_memory_fraction) or "
             "encoder_cache_tokens."
         )
-        return [self._report(TokenEvent(seq, None, finish_reason=FinishReason.ERROR, error=error))]
+        return self._report([TokenEvent(seq, None, finish_reason=FinishReason.ERROR, error=error)])
 
-    def _report(self, event: TokenEvent) -> TokenOutput:
-        if event.finish_reason is not None:
-            self._forget(event.seq)
-        return self._output(event)
-
-    def _output(self, event: TokenEvent) -> TokenOutput:
-        seq = event.seq
-        return TokenOutput(
-            request_id=seq.request.request_id,
-            index=seq.index,
-            token_id=event.token_id,
-            logprobs=event.logprobs,
-            finish_reason=event.finish_reason.value if event.finish_reason else None,
-            stop_reason=event.stop_reason,
-            cached_tokens=seq.num_cached_tokens or 0,
-            encoded_rows=seq.encoded_rows,
-            error=event.error,
-        )
+    def _report(self, events: Iterable[TokenEvent]) -> list[TokenOutput]:
+        outputs: list[TokenOutput] = []
+        for seq, token_id, logprobs, reason, stop, error in events:
+            if reason is not None:
+                self._forget(seq)
+            outputs.append(
+                TokenOutput(
+                    seq.request.request_id,
+                    seq.index,
+                    token_id,
+                    logprobs,
+                    None if reason is None else reason.value,
+                    stop,
+                    seq.num_cached_tokens or 0,
+                    seq.encoded_rows,
+                    error,
+                )
+            )
+        return outputs
 
     def release(self) -> None:
         """Give the device's memory back: modules, KV tensors, encoder rows. The books stay readable."""
@@ -173,6 +232,7 @@ class EngineCore:
             **asdict(scheduler.stats),
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
+            "steps_in_flight": len(self._in_flight),
             "blocks": scheduler.pool.counts(),
             "block_size": scheduler.pool.block_size,
             "block_evictions": scheduler.pool.evictions,
@@ -186,6 +246,29 @@ class EngineCore:
             },
             "kv_cache_bytes": self.runner.kv.bytes,
         }
+
+
+def _failed(
+    scheduled: Iterable[ScheduledSequence], error: BaseException, media: Iterable[bytes] = ()
+) -> StepResult:
+    """The result of a step that brought nothing but an error."""
+    fault = error if isinstance(error, MMError) else EngineError(
+        f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."
+    )  # fmt: skip
+    if fault is not error:
+        fault.__cause__ = error
+    return StepResult({}, {s.seq.seq_id: fault for s in scheduled}, frozenset(media))
+
+
+def _raise_if_lost(error: BaseException) -> None:
+    """Raise an error after which the device is of no use to anybody, as after an illegal access.
+
+    Such errors come up in any later call; running requests one by one would blame them all.
+    """
+    text = str(error)
+    lost = isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in text)
+    if lost and "out of memory" not in text:
+        raise error
 
 
 class CoreThread:
@@ -251,11 +334,16 @@ class CoreThread:
             while self._take_messages():
                 if self._core.has_work:
                     self._deliver(self._core.step())
-            for request_id in self._core.request_ids:
-                self._deliver(self._core.handle(Abort(request_id)))
         except BaseException as error:
             logger.exception("the engine's loop failed")
             self._refuse_all(error)
+            return
+        try:
+            for request_id in self._core.request_ids:
+                self._deliver(self._core.handle(Abort(request_id)))
+            self._core.drain()  # the device must be done before its memory is given back
+        except BaseException:  # close() waits for this thread
+            logger.exception("the engine's last step failed")
 
     def _refuse_all(self, error: BaseException) -> None:
         """The books cannot be trusted any more: end every request, those to come too, until close()."""
@@ -278,7 +366,7 @@ class CoreThread:
         """Handle all that waits, or wait while there is no work. False: close."""
         block = not self._core.has_work
         while block or not self._inbox.empty():
-            message = self._inbox.get()
+            message = self._receive()
             block = False
             if message is None:
                 return False
@@ -288,6 +376,12 @@ class CoreThread:
             else:
                 self._deliver(self._core.handle(message))
         return True
+
+    def _receive(self) -> Message | threading.Event | None:
+        if not self._inbox.empty():
+            return self._inbox.get()
+        with self._core.precedence.waiting():
+            return self._inbox.get()
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         if not outputs:

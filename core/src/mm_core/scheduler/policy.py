@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Each step of waiting counts like this many cached tokens, so a request without any reuse
 # overtakes one with a fully cached 2,304-token picture after at most 144 steps.
 AGEING_TOKENS_PER_STEP = 16
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A waiting sequence as a policy sees it. arrival: its number in order of arrival."""
 
     arrival: int

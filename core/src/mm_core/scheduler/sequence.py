@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +28,11 @@ class Status(enum.Enum):
 class Sequence:
     """One answer in the making.
 
-    token_ids: prompt and output so far. [0, num_computed_tokens) have their KV (or will, when the
-    step in flight completes). tables: block tables by name, append-only while it runs.
+    token_ids: prompt and output as far as known; tokens sampled by steps in flight come after them.
+    [0, num_completed_tokens) have their KV, [0, num_computed_tokens) will when the steps in flight
+    complete. tables: block tables by name, append-only while it runs; num_slots: what they hold.
+    held_media: items that must stay in the encoder cache for it. kept_media: items it will need, which
+    leave only where somebody needs their room now.
     """
 
     def __init__(self, seq_id: int, request: PreparedRequest, index: int = 0, seed: int = 0) -> None:
@@ -44,20 +49,32 @@ class Sequence:
         self.epoch = 0  # grows with each preemption: results of steps before it are void
         self.num_in_flight = 0  # output tokens sampled by steps whose results are not known yet
         self.num_computed_tokens = 0
+        self.num_completed_tokens = 0
+        self.num_slots = 0
+        self.max_length = self.prompt_len + (self.params.max_tokens or 2**31)  # it ends with so many tokens
+        self.end_ids = self.params.stop_token_ids if self.params.ignore_eos else self.masked_stop_ids
         self.num_published_blocks = 0
         self.num_cached_tokens: int | None = None  # of the prompt, at first admission
         self.encoded_rows = 0
         self.waiting_since = 0
+        self.media_end = max((r.end for r in request.ranges), default=0)
         self.held_media: set[bytes] = set()
+        self.kept_media: set[bytes] = set()
+        self.media_ahead = bool(request.ranges)  # whether items may be encoded before they are needed
         self.tables: dict[str, list[int]] = {"self": []}
         self.contents: list[BlockContent] = []  # of the full blocks, as far as they were needed
-        self.seen_version = -1  # prefix cache version of the last lookup
+        self.seen_version = (-1, -1)  # of the prefix cache, at the last lookup
         self.seen_hits = 0
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens known."""
-        return len(self.token_ids)
+        """Prompt and output tokens, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the token in flight is its last by length: nothing more is to be computed."""
+        return self.num_in_flight > 0 and self.num_tokens >= self.max_length
 
     @property
     def num_output_tokens(self) -> int:
@@ -75,7 +92,10 @@ class Sequence:
         return self.request.ranges
 
     def fill_contents(self, count: int, block_size: int, hasher: Hasher) -> list[BlockContent]:
-        """Keys and tokens of the first `count` full blocks, computed once each."""
+        """Keys and tokens of the first `count` full blocks at least, computed once each."""
+        if len(self.contents) >= count:
+            return self.contents
+        self._fill_from_request(count, block_size)
         context = encode_fields((self.request.cache_salt, self.request.kv_context))
         while len(self.contents) < count:
             start = len(self.contents) * block_size
@@ -84,7 +104,16 @@ class Sequence:
             media = self._media_in(start, start + block_size)
             place = self._positions_in(start, start + block_size)
             self.contents.append(BlockContent(block_key(hasher, parent, ids, media, context, place), ids))
-        return self.contents[:count]
+        return self.contents
+
+    def _fill_from_request(self, count: int, block_size: int) -> None:
+        """Take over what was computed with the prompt; the rest is computed as it comes."""
+        if self.request.block_size != block_size:
+            return
+        keys, ids = self.request.block_keys, self.request.token_ids
+        for block in range(len(self.contents), min(count, len(keys))):
+            start = block * block_size
+            self.contents.append(BlockContent(keys[block], ids[start : start + block_size]))
 
     def _positions_in(self, start: int, end: int) -> bytes:
         """Positions of tokens [start, end), empty where they are start…end-1.
@@ -93,7 +122,7 @@ class Sequence:
         the same answer within the next turn's prompt after its picture's width (M-RoPE).
         """
         own = self.request.positions
-        if own is None:
+        if own is None or (start >= self.prompt_len and self.request.decode_delta == 0):
             return b""
         cut = min(max(start, self.prompt_len), end)
         after = np.arange(cut, end, dtype=np.int32) + np.int32(self.request.decode_delta)
@@ -101,6 +130,8 @@ class Sequence:
         return b"" if (block == np.arange(start, end)).all() else block.astype(np.int32).tobytes()
 
     def _media_in(self, start: int, end: int) -> list[tuple[bytes, int]]:
+        if start >= self.media_end:
+            return []
         return [(r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start]
 
 
@@ -112,12 +143,11 @@ class EncodeItem:
     feature: MediaFeature
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):  # one a sequence and step: half the cost of a dataclass
     """Tokens [start, start + length) of a sequence run in a step; `samples` if the last of them is
     the last of the sequence, so that its logits choose the next token. A token whose id is not in
     `seq.token_ids` yet was sampled by the step before: the runner has it on the device, under the
-    sequence's slot."""
+    sequence's slot. epoch: the sequence's when it was scheduled."""
 
     seq: Sequence
     start: int
@@ -129,12 +159,22 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step's work, in flattened order."""
+    """One step's work, in flattened order: sequences with one token first.
+
+    encode: items to encode, those that `sequences` read before those that are encoded ahead. A batch
+    may hold nothing but such items. evicted_media: items whose rows nobody may read any more; they
+    are dropped first, for one of them may be encoded anew in the same step.
+    """
 
     step: int
     sequences: tuple[ScheduledSequence, ...]
     encode: tuple[EncodeItem, ...] = ()
     evicted_media: tuple[bytes, ...] = ()
+
+    @property
+    def num_decodes(self) -> int:
+        """Leading sequences with one token each."""
+        return bisect_left(self.sequences, True, key=lambda s: s.length > 1)
 
     @property
     def num_tokens(self) -> int:
@@ -155,12 +195,12 @@ class SchedulerStats:
     preemptions: int = 0
     encoded_items: int = 0
     encoded_rows: int = 0
+    encoded_ahead: int = 0
     deferred: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One sequence's next token. finite: False where the model gave no usable logits."""
 
     token_id: int
@@ -177,8 +217,7 @@ class StepResult:
     failed_media: frozenset[bytes] = frozenset()
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One token, or the end, of one sequence: what the engine core reports after a step."""
 
     seq: Sequence

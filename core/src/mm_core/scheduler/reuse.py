@@ -1,0 +1,89 @@
+"""BlockReuse: which of a sequence's blocks are there already, and who computes which one now."""
+
+from __future__ import annotations
+
+from mm_core.cache.blocks import BlockPool
+from mm_core.cache.prefix import PrefixCache
+from mm_core.hashing import Hasher
+from mm_core.scheduler.sequence import Sequence
+
+
+class BlockReuse:
+    """The prefix cache as the scheduler sees it. Not enabled: nothing is found, published or claimed.
+
+    A claim says that a running sequence is about to compute a block, so that another which wants the
+    same one waits and shares it. dropped_claims grows whenever that may have come to its end.
+    """
+
+    def __init__(self, pool: BlockPool, hasher: Hasher, *, enabled: bool) -> None:
+        self.prefix = PrefixCache(pool)
+        self.dropped_claims = 0
+        self._block_size = pool.block_size
+        self._hasher = hasher
+        self._enabled = enabled
+        self._claims: dict[bytes, Sequence] = {}  # block key → the sequence about to compute it
+
+    @property
+    def owners(self) -> list[Sequence]:
+        """Sequences that others may wait for."""
+        return list(self._claims.values())
+
+    def _usable(self, seq: Sequence) -> int:
+        """Full blocks that may be reused: the last token is always computed, it gives the logits."""
+        return (seq.num_tokens - 1) // self._block_size
+
+    def look_up(self, seq: Sequence) -> int:
+        """How many leading blocks are published, remembered until something is published or forgotten."""
+        if not self._enabled:
+            return 0
+        version = (self.prefix.published, self.prefix.forgotten)
+        if seq.seen_version != version:
+            usable = self._usable(seq)
+            contents = seq.fill_contents(usable, self._block_size, self._hasher)
+            known = seq.seen_hits if seq.seen_version[1] == version[1] else 0
+            seq.seen_hits = known + len(self.prefix.lookup(contents, known, usable))
+            seq.seen_version = version
+        return seq.seen_hits
+
+    def cached_tokens(self, seq: Sequence) -> int:
+        """`look_up` in tokens."""
+        return self.look_up(seq) * self._block_size
+
+    def found(self, seq: Sequence) -> list[int]:
+        """The blocks that `look_up` counts, not yet shared."""
+        return self.prefix.lookup(seq.contents, 0, self.look_up(seq))
+
+    def awaits(self, seq: Sequence) -> bool:
+        """Whether another sequence computes its next block now."""
+        hits = self.look_up(seq)
+        if not self._claims or hits >= self._usable(seq):
+            return False
+        return self._claims.get(seq.contents[hits].key, seq) is not seq
+
+    def claim(self, seq: Sequence) -> None:
+        """The sequence computes what was not found, as far as nobody else does already."""
+        if self._enabled:
+            for content in seq.contents[seq.num_published_blocks : self._usable(seq)]:
+                self._claims.setdefault(content.key, seq)
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Blocks filled by the first `num_tokens` tokens become findable: their ids are final now."""
+        full = num_tokens // self._block_size
+        if full <= seq.num_published_blocks or not self._enabled:
+            return
+        contents, table = seq.fill_contents(full, self._block_size, self._hasher), seq.tables["self"]
+        for index in range(seq.num_published_blocks, full):
+            self.prefix.publish(table[index], contents[index])
+            self._drop_claim(contents[index].key, seq)
+        seq.num_published_blocks = full
+
+    def drop_claims(self, seq: Sequence) -> None:
+        """The sequence computes no more blocks."""
+        if self._claims:
+            for content in seq.contents[seq.num_published_blocks :]:
+                self._drop_claim(content.key, seq)
+
+    def _drop_claim(self, key: bytes, seq: Sequence) -> None:
+        if self._claims.get(key) is seq:
+            del self._claims[key]
+            self.dropped_claims += 1
