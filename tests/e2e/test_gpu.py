@@ -47,7 +47,7 @@ def test_fp32_tokens_equal_transformers(tmp_path: Path, version: str, sizes: dic
         # An ended reference proves less: compare as far as it goes.
         wanted.append(reference.generate(text, images, videos, max_tokens=24))
     kv = KvCacheConfig(num_blocks=512)
-    with Engine.from_pretrained(path, dtype="float32", kv_cache_config=kv, max_num_batched_tokens=64) as engine:
+    with Engine.from_pretrained(path, dtype="float32", kv_cache_config=kv, max_num_batched_tokens=16) as engine:
         for _ in range(2):  # cold, then reused
             outputs = engine.generate([as_prompt(*j) for j in jobs()], GREEDY)
             for output, answer in zip(outputs, wanted, strict=True):
@@ -98,3 +98,50 @@ def test_qwen2_vl_7b_with_dummy_weights(tmp_path: Path) -> None:
         assert len(outputs[0].prompt_token_ids) > 256
         print(f"\nKV tokens: {stats['block_size'] * sum(stats['blocks'].values())}")
         assert stats["block_size"] * sum(stats["blocks"].values()) > 500_000
+
+
+MANY = SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)
+
+
+def many_prompts() -> list[TextPrompt]:
+    """Different lengths, some sharing a picture, so that batches grow, shrink and share prefixes."""
+    shared = picture(7, 224, 224)
+    texts = [TextPrompt(prompt=f"The quick brown fox number {i} " + "jumps " * i) for i in range(6)]
+    return texts + [
+        TextPrompt(prompt=f"<|im_start|>user\n{IMAGE}Question {i}", multi_modal_data={"image": shared})
+        for i in range(6)
+    ]
+
+
+def test_overlap_and_graphs_change_no_token(tmp_path: Path) -> None:
+    path = make_tiny_qwen2vl(tmp_path)
+    found = {}
+    for overlap in (False, True):
+        for graphs in (False, True):
+            kv = KvCacheConfig(num_blocks=1024)
+            with Engine.from_pretrained(
+                path, dtype="float32", kv_cache_config=kv, overlap=overlap, cuda_graphs=graphs, max_num_seqs=16
+            ) as engine:
+                cold = [o.token_ids for o in engine.generate(many_prompts(), MANY)]
+                warm = [o.token_ids for o in engine.generate(many_prompts(), MANY)]
+                assert engine.stats()["cached_tokens"] > 0
+            found[overlap, graphs] = cold
+            assert cold == warm
+    assert all(tokens == found[False, False] for tokens in found.values())
+
+
+def test_a_hundred_steps_never_wait_for_the_device(tmp_path: Path) -> None:
+    path = make_tiny_qwen2vl(tmp_path)
+    sampled = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
+    penalised = SamplingParams(max_tokens=120, temperature=0, repetition_penalty=1.2, logprobs=2, ignore_eos=True)
+    with Engine.from_pretrained(path, kv_cache_config=KvCacheConfig(num_blocks=1024), max_num_seqs=16) as engine:
+        engine.generate(many_prompts(), MANY)  # what is built once may wait
+        engine.generate(many_prompts()[:2], [sampled, penalised])
+        before = engine.stats()["steps"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs = engine.generate(many_prompts(), [MANY] * 10 + [sampled, penalised])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.stats()["steps"] - before >= 100
+        assert all(len(o.token_ids) == 120 for o in outputs)

@@ -9,33 +9,20 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.sampling import DEVICES, VOCAB, draw, in_slots, random_logits, row, sample
 from torch import Tensor
 
-from mm_core.config import SamplingParams
-from mm_core.runner import random, sampler
-from mm_core.runner.sampler import SampledTokens, Sampler, SamplingRow
+from mm_core.kernels import random
+from mm_core.kernels import sample as sample_module
+from mm_core.kernels.sample import filtered_scores
+from mm_core.runner import draw as draw_module
+from mm_core.runner import sampler
+from mm_core.runner.columns import Columns
+from mm_core.runner.history import TokenHistory
+from mm_core.runner.logprobs import best_tokens
+from mm_core.runner.sampler import SampledTokens, SamplingRow
 
-VOCAB = 101  # odd, so that rows are not aligned alike
 WORD = 2**64 - 1
-
-
-def row(
-    seed: int = 0,
-    step: int = 0,
-    prompt: tuple[int, ...] = (),
-    output: tuple[int, ...] = (),
-    stops: frozenset[int] = frozenset(),
-    **params: Any,
-) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), seed, step, prompt, output, stops)
-
-
-def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def draw(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    return list(Sampler()(logits, rows).token_ids.tolist())
 
 
 def frequencies(logits: Tensor, count: int, **params: Any) -> np.ndarray:
@@ -45,12 +32,15 @@ def frequencies(logits: Tensor, count: int, **params: Any) -> np.ndarray:
 
 
 def kept(logits: Tensor, seen: SamplingRow) -> Tensor:
-    """The scores that `_draw` compares, without their noise."""
-    scores = logits.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "gumbel_noise", lambda keys, count: torch.zeros(len(keys), count))
-        sampler._draw(scores, [seen] * len(scores))
-    return scores
+    """The scores that are compared, without their noise."""
+    rows = in_slots([seen] * len(logits))
+    history, columns = TokenHistory(logits.shape[1], logits.device), Columns()
+    part = draw_module.DrawPart(list(range(len(rows))), rows, logits.shape[1], history, columns)
+    columns.send(logits.device)
+    if seen.params.penalised:
+        history.refresh(rows, torch.zeros(len(rows), dtype=torch.int64))
+    temperatures = torch.full((len(rows),), draw_module.temperature(seen.params))
+    return filtered_scores(part.scores(logits), temperatures, part.filters)
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -119,28 +109,27 @@ def test_low_temperatures_count_as_a_hundredth() -> None:
     assert torch.equal(kept(logits, row(temperature=1e-6)), logits / torch.tensor(1e-2))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_greedy_takes_the_first_of_the_best(dtype: torch.dtype) -> None:
-    logits = torch.zeros(3, VOCAB, dtype=dtype)
+def test_greedy_takes_the_first_of_the_best(dtype: torch.dtype, device: str) -> None:
+    logits = torch.zeros(3, VOCAB, dtype=dtype, device=device)
     logits[0, [70, 30]] = 2
     logits[1, 5] = 1
     before = logits.clone()
     for extra in ({}, {"logit_bias": {100: -1.0}}, {"repetition_penalty": 1.5}):
-        result = Sampler()(logits, [row(temperature=0.0, **extra)] * 3)
-        assert result.token_ids.tolist() == [30, 5, 0]
-        assert result.token_ids.dtype == torch.int64
+        result = sample(logits, [row(temperature=0.0, **extra)] * 3)
+        assert result.token_ids == [30, 5, 0]
     assert torch.equal(logits, before)
 
 
 def test_plain_greedy_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_take", lambda *_: pytest.fail("copied the logits"))
+    monkeypatch.setattr(sampler, "DrawPart", lambda *_: pytest.fail("copied the logits"))
     rows = [row(temperature=0.0, min_tokens=2), row(temperature=0.0, top_k=3, top_p=0.5)]
     assert draw(random_logits(2), rows) == random_logits(2).argmax(-1).tolist()
 
 
 def test_no_rows() -> None:
-    result = Sampler()(torch.empty(0, VOCAB), [])
-    assert (result.token_ids.shape, result.logprobs, result.finite.shape) == ((0,), [], (0,))
+    assert sample(torch.empty(0, VOCAB), []) == SampledTokens([], [], [])
 
 
 # --- every parameter against its definition -------------------------------------------------------
@@ -257,17 +246,18 @@ def mixed_rows() -> list[SamplingRow]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [2**24, VOCAB * 2, 1])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_gives_the_same_alone_and_in_any_batch(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int, device: str
 ) -> None:
-    logits, rows = random_logits(36).to(dtype), mixed_rows()
-    alone = [Sampler()(logits[i : i + 1], [rows[i]]) for i in range(36)]
-    monkeypatch.setattr(sampler, "MAX_CHUNK_ELEMENTS", chunk)
+    logits, rows = random_logits(36).to(device, dtype), mixed_rows()
+    alone = [sample(logits[i : i + 1], [rows[i]]) for i in range(36)]
+    monkeypatch.setattr(sample_module, "MAX_CHUNK_ELEMENTS", chunk)
     for order in (list(range(36)), list(np.random.default_rng(0).permutation(36))):
-        together = Sampler()(logits[order], [rows[i] for i in order])
-        assert together.token_ids.tolist() == [alone[i].token_ids.item() for i in order]
+        together = sample(logits[order], [rows[i] for i in order])
+        assert together.token_ids == [alone[i].token_ids[0] for i in order]
         assert together.logprobs == [alone[i].logprobs[0] for i in order]
-        assert together.finite.all()
+        assert all(together.finite)
 
 
 def test_noise_and_scores_are_bitwise_the_same_at_any_place() -> None:
@@ -287,19 +277,20 @@ def test_seed_repeats_and_steps_differ() -> None:
     assert draw(logits, [row(seed=6, step=step) for step in range(40)]) != first
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
-def test_a_broken_row_fails_alone(bad: float | None) -> None:
-    logits, rows = random_logits(36), mixed_rows()
-    good = Sampler()(logits, rows)
+def test_a_broken_row_fails_alone(bad: float | None, device: str) -> None:
+    logits, rows = random_logits(36).to(device), mixed_rows()
+    good = sample(logits, rows)
     broken = logits.clone()
     for i in range(0, 36, 3):
         if bad is None:
             broken[i] = -math.inf
         else:
             broken[i, i] = bad
-    result: SampledTokens = Sampler()(broken, rows)
-    assert result.finite.tolist() == [i % 3 != 0 for i in range(36)]
-    assert ((result.token_ids >= 0) & (result.token_ids < VOCAB)).all()
+    result = sample(broken, rows)
+    assert result.finite == [i % 3 != 0 for i in range(36)]
+    assert all(0 <= token < VOCAB for token in result.token_ids)
     for i in range(36):
         if i % 3:
             assert result.token_ids[i] == good.token_ids[i]
@@ -311,9 +302,9 @@ def test_a_broken_row_fails_alone(bad: float | None) -> None:
 def test_masked_tokens_are_no_fault() -> None:
     logits = random_logits(2)
     logits[:, ::2] = -math.inf
-    result = Sampler()(logits, [row(), row(temperature=0.0)])
-    assert result.finite.all()
-    assert all(token % 2 for token in result.token_ids.tolist())
+    result = sample(logits, [row(), row(temperature=0.0)])
+    assert all(result.finite)
+    assert all(token % 2 for token in result.token_ids)
 
 
 # --- log-probabilities ----------------------------------------------------------------------------
@@ -323,11 +314,11 @@ def test_masked_tokens_are_no_fault() -> None:
 def test_logprobs_are_those_of_the_raw_logits(dtype: torch.dtype) -> None:
     logits = random_logits(30, 1009).to(dtype)
     rows = [row(seed=i, temperature=5.0, logit_bias={7: 50.0}, logprobs=(0, 1, 20)[i % 3]) for i in range(30)]
-    result = Sampler()(logits, rows)
+    result = sample(logits, rows)
     wanted = torch.log_softmax(logits.double(), dim=-1)
     for i, found in enumerate(result.logprobs):
         assert found is not None
-        token, values = int(result.token_ids[i]), wanted[i]
+        token, values = result.token_ids[i], wanted[i]
         order = torch.argsort(logits[i].float(), descending=True, stable=True)[: (0, 1, 20)[i % 3]].tolist()
         assert list(found) == list(dict.fromkeys([token, *order]))
         for key, entry in found.items():
@@ -338,14 +329,14 @@ def test_logprobs_are_those_of_the_raw_logits(dtype: torch.dtype) -> None:
 
 def test_logprobs_of_the_whole_vocabulary_sum_to_one() -> None:
     logits = random_logits(1, 7)
-    (found,) = Sampler()(logits, [row(logprobs=20)]).logprobs
+    (found,) = sample(logits, [row(logprobs=20)]).logprobs
     assert found is not None
     assert sum(math.exp(entry.logprob) for entry in found.values()) == pytest.approx(1.0)
 
 
 def test_best_orders_equal_and_signed_values() -> None:
     scores = torch.tensor([[-0.0, 0.0, -1.5, 3.0, -math.inf, 3.0, -2.5, 0.0]])
-    assert sampler._best(scores, 8).tolist() == [[3, 5, 0, 1, 7, 2, 6, 4]]
+    assert best_tokens(scores, 8).tolist() == [[3, 5, 0, 1, 7, 2, 6, 4]]
 
 
 @pytest.mark.gpu
@@ -354,7 +345,6 @@ def test_the_same_tokens_on_cpu_and_cuda() -> None:
     keys = torch.tensor([random.stream_key(i, 0) for i in range(36)])
     assert torch.equal(random.random_bits(keys, 999), random.random_bits(keys.cuda(), 999).cpu())
     assert torch.equal(random.gumbel_noise(keys, 999), random.gumbel_noise(keys.cuda(), 999).cpu())
-    here, there = Sampler()(logits, rows), Sampler()(logits.cuda(), rows)
-    assert here.token_ids.tolist() == there.token_ids.tolist()
-    assert there.token_ids.is_cuda
-    assert there.finite.is_cuda
+    here, there = sample(logits, rows), sample(logits.cuda(), rows)
+    assert here.token_ids == there.token_ids
+    assert here.finite == there.finite

@@ -1,131 +1,198 @@
-"""From a ScheduledBatch (plain Python) to the flattened tensors of one forward pass."""
+"""From a ScheduledBatch (plain Python) to the numbers of one forward pass, still on the host."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mm_core.kernels.paged_attention import plan_cpu
-from mm_core.layers.context import AttentionMetadata
+from mm_core.errors import MMError
+from mm_core.kernels.shared_prefixes import SharedPlan, plan_shared_prefixes
 from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence
 
+Ints = np.ndarray[Any, np.dtype[np.int32]]
 
-@dataclass(frozen=True)
-class MediaSpan:
-    """Encoder rows [first, last) of item `key` replace the embeddings of batch rows `rows`."""
-
-    key: bytes
-    first: int
-    last: int
-    rows: Tensor | slice
-    seq_id: int
+# Widths of block tables are rounded up to this many blocks: kernels are compiled anew where an
+# argument stops being divisible by 16.
+TABLE_STEP = 16
 
 
 @dataclass(frozen=True)
-class BatchInputs:
-    """One step's inputs: T tokens of S sequences, of which R are sampled.
+class HostBatch:
+    """One step's inputs: T tokens of S sequences, of which R are sampled. All int32.
 
-    token_ids: [T] int64. positions: [axes, T] int32. tables: attention metadata by table name.
-    sample_rows: [R] int64, the rows whose logits are wanted, or None where all rows are.
+    token_ids: [T]; -1 - slot where the token's id is the newest one sampled for that slot, which
+    only the device knows. positions: [axes, T]. bounds: [S + 1], rows of each sequence. kv_lens: [S].
+    slots: [T], places in the KV cache. tables: [S, W] block numbers. sample_rows: [R], the rows whose
+    logits are wanted, or None where all rows are. media_rows, media_from: [M], batch rows that take
+    encoder rows, and which. failed: sequences whose media are not there, by seq_id. new_owners: slots
+    that another sequence had the last time.
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    tables: dict[str, AttentionMetadata]
-    sample_rows: Tensor | None
-    media: tuple[MediaSpan, ...]
+    token_ids: Ints
+    positions: Ints
+    bounds: Ints
+    kv_lens: Ints
+    slots: Ints
+    tables: Ints
+    sample_rows: Ints | None
+    media_rows: Ints
+    media_from: Ints
+    num_decodes: int
+    max_q_len: int
+    max_kv_len: int
+    shared: SharedPlan | None = None
+    failed: Mapping[int, MMError] = field(default_factory=dict)
+    new_owners: Sequence[int] = ()
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence has one token, sampled and without media: what graphs are captured for."""
+        return self.num_decodes == len(self.kv_lens) and self.sample_rows is None and not len(self.media_rows)
 
 
-def build_inputs(batch: ScheduledBatch, axes: int, block_size: int, device: torch.device) -> BatchInputs:
-    """Flatten a batch. Sequences keep their order; each contributes its `length` newest tokens."""
-    scheduled = batch.sequences
-    lengths = np.fromiter((s.length for s in scheduled), np.int32, len(scheduled))
-    bounds = np.zeros(len(scheduled) + 1, np.int32)
-    np.cumsum(lengths, out=bounds[1:])
-    tokens: list[int] = []
-    for s in scheduled:
-        tokens += s.seq.token_ids[s.start : s.start + s.length]
-    samples = [int(bounds[i + 1]) - 1 for i, s in enumerate(scheduled) if s.samples]
-    every_row = len(samples) == len(tokens)
-    return BatchInputs(
-        token_ids=_to(np.asarray(tokens, np.int64), device),
-        positions=_to(_positions(scheduled, bounds, axes), device),
-        tables={"self": _self_table(scheduled, lengths, bounds, block_size, device)},
-        sample_rows=None if every_row else _to(np.asarray(samples, np.int64), device),
-        media=tuple(span for i, s in enumerate(scheduled) for span in _media_spans(s, int(bounds[i]), device)),
-    )
+class MediaPlaces:
+    """Where the encoder rows of each item lie. What the batch builder asks of the encoder's side."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[bytes, Ints] = {}
+        self.errors: dict[bytes, MMError] = {}
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+class BatchBuilder:
+    """Keeps a mirror of every running sequence's block table, so that a step adds only what is new."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, axes: int) -> None:
+        width = -(-max_model_len // block_size)
+        self._width = -(-width // TABLE_STEP) * TABLE_STEP
+        self._block_size = block_size
+        self._axes = axes
+        self._tables = np.zeros((max_num_seqs, self._width), np.int32)
+        self._filled = [0] * max_num_seqs
+        self._owners: list[tuple[int, int]] = [(-1, -1)] * max_num_seqs
+        self._delta = np.zeros(max_num_seqs, np.int32)
+        self._members: list[tuple[int, int]] = []  # of the batch that `_plan` was made for
+        self._plan: SharedPlan | None = None
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest sequence there can be, rounded up."""
+        return self._width
+
+    def build(self, batch: ScheduledBatch, places: MediaPlaces) -> HostBatch:
+        """Flatten a batch. Sequences keep their order; each contributes its `length` newest tokens."""
+        scheduled = batch.sequences
+        count = len(scheduled)
+        rows = [s.seq.slot for s in scheduled]
+        new = [s.seq.slot for s in scheduled if self._mirror(s)]
+        starts = np.fromiter((s.start for s in scheduled), np.int32, count)
+        lengths = np.fromiter((s.length for s in scheduled), np.int32, count)
+        bounds = np.zeros(count + 1, np.int32)
+        np.cumsum(lengths, out=bounds[1:])
+        kv_lens = starts + lengths
+        slots = np.asarray(rows, np.int32)
+        decodes = batch.num_decodes
+        width = -(-int(kv_lens.max()) // self._block_size)
+        tables = self._tables[slots, : -(-width // TABLE_STEP) * TABLE_STEP]
+        # Absolute place of every row within its sequence, from which its cache slot follows.
+        owner = np.repeat(np.arange(count), lengths)
+        place = np.arange(int(bounds[-1]), dtype=np.int32) - bounds[:-1][owner] + starts[owner]
+        cache_slots = tables[owner, place // self._block_size] * self._block_size + place % self._block_size
+        sampled = np.fromiter((s.samples for s in scheduled), bool, count)
+        media_rows, media_from, failed = self._media(scheduled, bounds, places)
+        return HostBatch(
+            token_ids=self._token_ids(scheduled, int(bounds[-1])),
+            positions=self._positions(scheduled, place + self._delta[slots][owner], bounds),
+            bounds=bounds,
+            kv_lens=kv_lens,
+            slots=cache_slots.astype(np.int32, copy=False),
+            tables=tables,
+            sample_rows=None if decodes == count and sampled.all() else (bounds[1:][sampled] - 1),
+            media_rows=media_rows,
+            media_from=media_from,
+            num_decodes=decodes,
+            max_q_len=int(lengths.max()),
+            max_kv_len=int(kv_lens.max()),
+            shared=self._shared(scheduled[:decodes], tables[:decodes], kv_lens[:decodes]),
+            failed=failed,
+            new_owners=new,
+        )
+
+    def _mirror(self, s: ScheduledSequence) -> bool:
+        """Bring the sequence's row up to date; whether the slot was another's before."""
+        seq = s.seq
+        slot = seq.slot
+        owner = (seq.seq_id, s.epoch)
+        is_new = self._owners[slot] != owner
+        if is_new:
+            self._owners[slot] = owner
+            self._filled[slot] = 0
+            self._delta[slot] = 0 if seq.request.positions is None else seq.request.decode_delta
+        table, filled = s.tables["self"], self._filled[slot]
+        if len(table) > filled:
+            self._tables[slot, filled : len(table)] = table[filled:]
+            self._filled[slot] = len(table)
+        return is_new
+
+    def _token_ids(self, scheduled: Sequence[ScheduledSequence], total: int) -> Ints:
+        ids: list[int] = []
+        for s in scheduled:
+            known = s.seq.token_ids
+            if s.length == 1:
+                ids.append(known[s.start] if s.start < len(known) else -1 - s.seq.slot)
+            else:
+                ids += known[s.start : s.start + s.length]
+                if s.start + s.length > len(known):
+                    ids.append(-1 - s.seq.slot)
+        return np.fromiter(ids, np.int32, total)
+
+    def _positions(
+        self, scheduled: Sequence[ScheduledSequence], after: np.ndarray[Any, Any], bounds: Ints
+    ) -> Ints:
+        """[axes, T]: the request's own positions in its prompt, index + decode_delta after it."""
+        out = np.empty((self._axes, len(after)), np.int32)
+        out[:] = after
+        for i, s in enumerate(scheduled):
+            own = s.seq.request.positions
+            if own is None or s.start >= s.seq.prompt_len:
+                continue
+            inside = min(s.start + s.length, s.seq.prompt_len) - s.start
+            out[:, bounds[i] : bounds[i] + inside] = own[:, s.start : s.start + inside]
+        return out
+
+    def _media(
+        self, scheduled: Sequence[ScheduledSequence], bounds: Ints, places: MediaPlaces
+    ) -> tuple[Ints, Ints, dict[int, MMError]]:
+        """The encoder rows that fall into each sequence's tokens, and where they go."""
+        into: list[np.ndarray[Any, Any]] = []
+        source: list[Ints] = []
+        failed: dict[int, MMError] = {}
+        for s, row in zip(scheduled, bounds, strict=False):
+            for r in () if s.start >= s.seq.prompt_len else s.seq.ranges:
+                if r.offset >= s.start + s.length or r.end <= s.start:
+                    continue
+                if r.feature.key in places.errors:
+                    failed[s.seq.seq_id] = places.errors[r.feature.key]
+                    continue
+                tokens = r.row_tokens
+                first, last = np.searchsorted(tokens, [s.start - r.offset, s.start + s.length - r.offset])
+                into.append(tokens[first:last] + (r.offset - s.start + int(row)))
+                source.append(places.by_key[r.feature.key][first:last])
+        if not into:
+            return _NONE, _NONE, failed
+        return np.concatenate(into).astype(np.int32), np.concatenate(source), failed
+
+    def _shared(self, decodes: Sequence[ScheduledSequence], tables: Ints, kv_lens: Ints) -> SharedPlan | None:
+        """Which decoding sequences begin with the same blocks: the same as long as they are the same ones."""
+        if len(decodes) < 2:
+            return None
+        members = [self._owners[s.seq.slot] for s in decodes]
+        if members != self._members:
+            self._members = members
+            self._plan = plan_shared_prefixes(tables, kv_lens, self._block_size)
+        return self._plan
 
 
-def _positions(scheduled: tuple[ScheduledSequence, ...], bounds: np.ndarray, axes: int) -> np.ndarray:
-    """[axes, T]: the request's own positions in its prompt, n + i + decode_delta after it."""
-    out = np.empty((axes, int(bounds[-1])), np.int32)
-    for i, s in enumerate(scheduled):
-        first, end = s.start, s.start + s.length
-        own = s.seq.request.positions
-        split = s.seq.prompt_len if own is not None else 0
-        inside = max(min(end, split) - first, 0)  # tokens of this chunk that lie in the prompt
-        row = int(bounds[i])
-        if own is not None and inside:
-            out[:, row : row + inside] = own[:, first : first + inside]
-        delta = s.seq.request.decode_delta if own is not None else 0
-        out[:, row + inside : row + s.length] = np.arange(first + inside + delta, end + delta, dtype=np.int32)
-    return out
-
-
-def _self_table(
-    scheduled: tuple[ScheduledSequence, ...],
-    lengths: np.ndarray,
-    bounds: np.ndarray,
-    block_size: int,
-    device: torch.device,
-) -> AttentionMetadata:
-    starts = np.fromiter((s.start for s in scheduled), np.int32, len(scheduled))
-    kv_lens = starts + lengths
-    width = -(-int(kv_lens.max()) // block_size)
-    tables = np.zeros((len(scheduled), width), np.int32)
-    for i, s in enumerate(scheduled):
-        table = s.tables["self"]
-        count = min(len(table), width)
-        tables[i, :count] = table[:count]
-    # Absolute position of every row, from which its slot follows.
-    owner = np.repeat(np.arange(len(scheduled)), lengths)
-    place = np.arange(int(bounds[-1])) - bounds[:-1][owner] + starts[owner]
-    slots = tables[owner, place // block_size].astype(np.int64) * block_size + place % block_size
-    block_tables, cu_seqlens_q, lens = (_to(array, device) for array in (tables, bounds, kv_lens))
-    on_cpu = device.type == "cpu"
-    return AttentionMetadata(
-        block_tables,
-        cu_seqlens_q,
-        lens,
-        slot_mapping=_to(slots, device),
-        max_q_len=int(lengths.max()),
-        max_kv_len=int(kv_lens.max()),
-        cpu_plan=plan_cpu(block_tables, cu_seqlens_q, lens, block_size) if on_cpu else None,
-    )
-
-
-def _media_spans(s: ScheduledSequence, row: int, device: torch.device) -> list[MediaSpan]:
-    """The encoder rows that fall into tokens [start, start + length) of a sequence."""
-    spans: list[MediaSpan] = []
-    for r in s.seq.ranges:
-        if r.offset >= s.start + s.length or r.end <= s.start:
-            continue
-        tokens = r.row_tokens
-        first, last = np.searchsorted(tokens, [s.start - r.offset, s.start + s.length - r.offset])
-        if first == last:
-            continue
-        place = tokens[first:last] + (r.offset - s.start + row)
-        contiguous = int(place[-1] - place[0]) == len(place) - 1
-        rows = slice(int(place[0]), int(place[-1]) + 1) if contiguous else _to(place, device)
-        spans.append(MediaSpan(r.feature.key, int(first), int(last), rows, s.seq.seq_id))
-    return spans
+_NONE: Ints = np.empty(0, np.int32)

@@ -1,49 +1,90 @@
-"""The encoder's outputs on the device, and the packed pass that makes them."""
+"""The encoder's outputs on the device, and the packed passes that make them, on a stream of their own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mm_core.errors import MMError, PluginError
 from mm_core.hookspecs import Encoder
+from mm_core.runner.batch import Ints, MediaPlaces
+from mm_core.runner.spans import DeviceSpans
 from mm_core.scheduler.sequence import EncodeItem
+from mm_core.types import MediaFeature
 
 logger = logging.getLogger(__name__)
 
 # A CPU is 10 to 20 % slower where a pack's activations outgrow its caches (measured with 1,024 to
 # 8,192 patches of width 512); below, larger packs save calls.
 _CPU_PACK_COST = 4096
+_REHEARSED = (1, 2, 4)  # items of one size together
 
 
 class EncoderRows:
-    """Rows by media key. What may stay, and for how long, is the EncoderCache's business."""
+    """A slab of `capacity` rows. Which item may stay, and for how long, is the EncoderCache's business.
 
-    def __init__(self, encoder: Encoder, family: str, device: torch.device) -> None:
+    An item's rows lie anywhere in the slab. They are given to another item only after the last step
+    that reads them was taken in (an item is evicted only when nobody holds it), so no pass can
+    overwrite rows that a decoder still reads.
+    """
+
+    def __init__(self, encoder: Encoder, family: str, capacity: int, device: torch.device, spans: DeviceSpans) -> None:
         self.calls = 0
         self._encoder = encoder
         self._family = family
+        self._device = device
+        self._spans = spans
         self._pack_cost = _CPU_PACK_COST if device.type == "cpu" else None
-        self._rows: dict[bytes, Tensor] = {}
-
-    def __getitem__(self, key: bytes) -> Tensor:
-        return self._rows[key]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        dtype = next((p.dtype for p in _parameters(encoder) if p.is_floating_point()), torch.float32)
+        self.slab = torch.empty((capacity, encoder.hidden_size), dtype=dtype, device=device)
+        self.places = MediaPlaces()
+        self._free: Ints = np.arange(capacity, dtype=np.int32)[::-1].copy()  # a stack
+        self._num_free = capacity
+        self._ready: dict[bytes, torch.cuda.Event] = {}  # of items that no decoder has waited for yet
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
+        return key in self.places.by_key
+
+    def rehearse(self, examples: Sequence[MediaFeature]) -> None:
+        """Let the encoder capture passes, and run it on packs of each example, so that it does."""
+        allow = getattr(self._encoder, "use_graphs", None)
+        if self._stream is None or allow is None:
+            return
+        allow()
+        with torch.cuda.stream(self._stream):
+            for feature in examples:
+                for count in _REHEARSED:
+                    for _ in range(3):
+                        self._encoder([self._on_device(feature)] * count)
 
     def release(self) -> None:
         """Drop all rows and the encoder."""
-        self._rows.clear()
-        del self._encoder
+        self.places.by_key.clear()
+        del self._encoder, self.slab
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Forget rows that the cache evicted."""
         for key in keys:
-            self._rows.pop(key, None)
+            self.places.errors.pop(key, None)
+            self._ready.pop(key, None)
+            rows = self.places.by_key.pop(key, None)
+            if rows is not None:
+                self._free[self._num_free : self._num_free + len(rows)] = rows
+                self._num_free += len(rows)
+
+    def wait_for(self, keys: Iterable[bytes]) -> None:
+        """Make the current stream wait until the rows of these items are there."""
+        events = {event for key in keys if (event := self._ready.pop(key, None)) is not None}
+        for event in events:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def encode(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
         """Items in packed passes; where one fails, its items one by one, so that a bad item fails alone.
@@ -51,8 +92,11 @@ class EncoderRows:
         Returns the items that failed, with their errors.
         """
         failed: dict[bytes, MMError] = {}
-        for pack in self._packs(items):
-            failed.update(self._encode_pack(pack))
+        stream: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with stream:
+            for pack in self._packs(items):
+                failed.update(self._encode_pack(pack))
+        self.places.errors.update(failed)
         return failed
 
     def _packs(self, items: Sequence[EncodeItem]) -> Iterator[list[EncodeItem]]:
@@ -70,7 +114,9 @@ class EncoderRows:
 
     def _encode_pack(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
         try:
-            self._encode(items)
+            cost = sum(self._encoder.cost(item.feature) for item in items)
+            with self._spans.span("encoder", "encode", items=len(items), cost=cost):
+                self._encode(items)
             return {}
         except torch.OutOfMemoryError:
             raise
@@ -83,7 +129,8 @@ class EncoderRows:
         return failed
 
     def _encode(self, items: Sequence[EncodeItem]) -> None:
-        outputs = self._encoder([item.feature for item in items])
+        features = [self._on_device(item.feature) for item in items]
+        outputs = self._encoder(features)
         self.calls += 1
         if len(outputs) != len(items):
             raise PluginError(f"Encoder of family {self._family!r} gave {len(outputs)} outputs for {len(items)} items.")
@@ -94,9 +141,37 @@ class EncoderRows:
                     f"Encoder of family {self._family!r} gave rows of shape {tuple(rows.shape)} for an item "
                     f"that promised {wanted}. Processor and encoder of the plugin disagree."
                 )
-            # A view would keep the whole pack alive until its last item is evicted.
-            shared = rows.untyped_storage().nbytes() > rows.nbytes
-            self._rows[item.key] = rows.clone() if shared else rows
+        self._store(items, outputs)
+
+    def _on_device(self, feature: MediaFeature) -> MediaFeature:
+        if self._stream is None:
+            return feature
+        # From pinned memory this does not wait; the pipeline pins.
+        return replace(
+            feature, tensors={name: t.to(self._device, non_blocking=True) for name, t in feature.tensors.items()}
+        )
+
+    def _store(self, items: Sequence[EncodeItem], outputs: Sequence[Tensor]) -> None:
+        total = sum(len(rows) for rows in outputs)
+        if total > self._num_free:
+            raise RuntimeError(f"the encoder's slab has {self._num_free} rows free, {total} are wanted")
+        top = self._num_free
+        taken = self._free[top - total : top].copy()
+        index = torch.from_numpy(taken.astype(np.int64))
+        if self._stream is not None:
+            index = index.pin_memory().to(self._device, non_blocking=True)
+        self.slab.index_copy_(0, index, torch.cat(tuple(outputs)).to(self.slab.dtype))
+        event = None
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        self._num_free -= total
+        bounds = np.cumsum([len(rows) for rows in outputs])[:-1]
+        for item, rows in zip(items, np.split(taken, bounds), strict=True):
+            self.places.by_key[item.key] = rows
+            self.places.errors.pop(item.key, None)
+            if event is not None:
+                self._ready[item.key] = event
 
     def _explain(self, error: Exception) -> MMError:
         if isinstance(error, MMError):
@@ -108,3 +183,8 @@ class EncoderRows:
         )
         fault.__cause__ = error
         return fault
+
+
+def _parameters(encoder: Any) -> Iterable[Tensor]:
+    found = getattr(encoder, "parameters", None)
+    return found() if callable(found) else ()

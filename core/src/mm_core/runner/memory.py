@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from mm_core.config import KvCacheConfig
 from mm_core.errors import OutOfMemoryError
 from mm_core.hookspecs import KVCacheSpec
 
+GRAPH_BYTES = 512 * 2**20
+"""Set aside for decode graphs, which are captured when the KV cache is there."""
+
+_SIGNS = ("out of memory", "alloc_failed", "not enough memory")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,26 +64,53 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
+@contextmanager
+def out_of_memory(while_doing: str, remedy: str) -> Iterator[None]:
+    """Turn what torch, CUDA's libraries and Triton raise when memory runs out into an OutOfMemoryError that
+    says what was going on and which setting to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"The device ran out of memory while {while_doing}. {remedy}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: not only torch's allocator takes some."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+
+
 def count_blocks(
-    config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure_peak: Callable[[], int]
+    config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure: Callable[[], int]
 ) -> int:
     """Blocks of the KV cache.
 
-    On a GPU: the share `free_gpu_memory_fraction` of what is free after the weights and the
-    measured peak of one full step. On a CPU: `cpu_cache_size`. `num_blocks` overrides both.
+    On a GPU: the share `free_gpu_memory_fraction` of what is free beside the weights, less what one
+    full step takes and decode graphs need (`measure`, in bytes). Free is what the driver says, so
+    other processes' memory counts as taken; what they take later is at their own risk and ours,
+    which is one use of the share that stays free. On a CPU: `cpu_cache_size`. `num_blocks`
+    overrides both.
     """
     if config.num_blocks is not None:
         return config.num_blocks
     if device.type != "cuda":
         return max(config.cpu_cache_size // bytes_per_block, 2)
-    peak = measure_peak()
+    needed = measure()
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    count = int((free - peak) * config.free_gpu_memory_fraction) // bytes_per_block
+    free, total = torch.cuda.mem_get_info(device)
+    count = int((free - needed) * config.free_gpu_memory_fraction) // bytes_per_block
     if count < 2:
+        # memory_reserved: of this process; the rest of what is taken may be other processes'.
+        ours = torch.cuda.memory_reserved(device)
         raise OutOfMemoryError(
-            f"{free / 2**30:.1f} GiB are free beside the weights and a full step needs {peak / 2**30:.1f} GiB: "
-            "no room for the KV cache. Lower max_num_batched_tokens, encoder_budget or max_num_seqs, or raise "
-            f"KvCacheConfig(free_gpu_memory_fraction={config.free_gpu_memory_fraction})."
+            f"{device} has {total / 2**30:.1f} GiB; {ours / 2**30:.1f} hold the weights, {free / 2**30:.1f} are free, "
+            f"and a full step needs {needed / 2**30:.1f}: no room for the KV cache. Lower max_num_batched_tokens, "
+            "encoder_budget, encoder_cache_tokens or max_num_seqs, raise "
+            f"KvCacheConfig(free_gpu_memory_fraction={config.free_gpu_memory_fraction}), or end other programs on "
+            "this GPU."
         )
     return count

@@ -2,66 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mm_core.config import EngineConfig
-from mm_core.hookspecs import Decoder, Encoder, MediaRequest, Processor
+from mm_core.hookspecs import Decoder, Encoder, Processor
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.runner.memory import KVCache
-from mm_core.types import MediaFeature, MediaItem
+from mm_core.runner.rehearsal import noise_feature
 
+T = TypeVar("T")
 _PROBE_SIDE = 896  # pixels: a large photograph, not a worst case nobody asked for
+_PROBE_LENGTH = 2048  # tokens of each sequence
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes one full step takes above weights and KV cache. encoder and decoder run beside each other
+    on a GPU, so both count in full; kept: rows of encoded items, held for reuse."""
+
+    encoder: int
+    decoder: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.encoder + self.decoder + self.kept
 
 
 @torch.inference_mode()
-def measure_peak(
+def measure_step(
     decoder: Decoder,
     encoder: Encoder,
     processor: Processor,
     config: EngineConfig,
     encoder_budget: int,
     device: torch.device,
-) -> int:
-    """Peak bytes above the weights of one step at its token and encoder budgets (GPU only)."""
+) -> StepMemory:
+    """Memory of one step at its token and encoder budgets, by running its two halves (GPU only).
+
+    The encoder runs large photographs up to its budget, not the worst case that a request may send:
+    what is above must find room in what `free_gpu_memory_fraction` leaves free.
+    """
+    rows, encoder_peak = _peak(device, lambda: _run_encoder(encoder, processor, encoder_budget))
+    element = rows[0].element_size() if rows else 2
+    del rows
+    blocks = -(-config.max_num_batched_tokens // config.kv_cache_config.block_size)
+    dtype = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device)).dtype
+    kv = KVCache(decoder.kv_specs, blocks, config.kv_cache_config.block_size, dtype, device)
+    _, decoder_peak = _peak(device, lambda: _run_decoder(decoder, config, kv, device))
+    return StepMemory(encoder_peak, decoder_peak, config.encoder_cache_tokens * encoder.hidden_size * element)
+
+
+def _peak(device: torch.device, run: Callable[[], T]) -> tuple[T, int]:
+    """What `run` gives, and the most bytes that were allocated above what was before."""
     torch.cuda.synchronize(device)
     base = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    rows = _run_encoder(encoder, processor, encoder_budget)
-    logits = _run_decoder(decoder, config, device)
-    # The sampler's worst case sorts a float32 copy: values, indices and probabilities.
-    work = torch.empty((4, *logits.shape), dtype=torch.float32, device=device)
+    result = run()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - base
-    kept = config.encoder_cache_tokens * encoder.hidden_size * (rows[0].element_size() if rows else 2)
-    del work, rows
-    return peak + kept
+    return result, torch.cuda.max_memory_allocated(device) - base
 
 
 def _run_encoder(encoder: Encoder, processor: Processor, budget: int) -> list[Tensor]:
-    if "image" not in processor.modalities:
+    feature = noise_feature(processor, _PROBE_SIDE)
+    if feature is None:
         return []
-    noise = np.random.default_rng(0).integers(0, 256, (_PROBE_SIDE, _PROBE_SIDE, 3), dtype=np.uint8)
-    item = MediaItem("image", b"probe", Image.fromarray(noise), {"width": _PROBE_SIDE, "height": _PROBE_SIDE})
-    feature: MediaFeature = processor.prepare(item, processor.variant(item, MediaRequest({"image": 1})))
     count = max(budget // max(encoder.cost(feature), 1), 1)
     return encoder([replace(feature, key=bytes([i % 256])) for i in range(count)])
 
 
-def _run_decoder(decoder: Decoder, config: EngineConfig, device: torch.device) -> Tensor:
-    tokens, block_size = config.max_num_batched_tokens, config.kv_cache_config.block_size
+def _run_decoder(decoder: Decoder, config: EngineConfig, kv: KVCache, device: torch.device) -> None:
+    tokens = config.max_num_batched_tokens
     embeds = decoder.embed(torch.zeros(tokens, dtype=torch.int64, device=device))
-    blocks = -(-tokens // block_size)
-    kv = KVCache(decoder.kv_specs, blocks, block_size, embeds.dtype, device)
-    length = min(tokens, 2048)
+    length = min(tokens, _PROBE_LENGTH)
     count = -(-tokens // length)
     bounds = torch.arange(count + 1, dtype=torch.int32, device=device).mul_(length).clamp_(max=tokens)
-    width = -(-length // block_size)
-    tables = torch.arange(count * width, dtype=torch.int32, device=device).clamp_(max=blocks - 1)
+    width = -(-length // kv.block_size)
+    tables = torch.arange(count * width, dtype=torch.int32, device=device).clamp_(max=kv.num_blocks - 1)
     positions = torch.arange(tokens, dtype=torch.int32, device=device).remainder_(length)
     metadata = AttentionMetadata(
         block_tables=tables.view(count, width),
@@ -73,4 +96,6 @@ def _run_decoder(decoder: Decoder, config: EngineConfig, device: torch.device) -
     )
     context = ForwardContext({spec.name: metadata for spec in decoder.kv_specs}, kv.caches)
     hidden = decoder(embeds, positions.expand(decoder.position_axes, -1).contiguous(), context)
-    return decoder.logits(hidden[: config.max_num_seqs])
+    logits = decoder.logits(hidden[: config.max_num_seqs])
+    # The sampler's worst case sorts a float32 copy: values, indices and probabilities.
+    torch.empty((4, *logits.shape), dtype=torch.float32, device=device)

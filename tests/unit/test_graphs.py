@@ -1,0 +1,149 @@
+"""What graphs compute on padded batches is what eager steps compute. Without a GPU a replay runs the pass."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import randomize_
+
+from mm_core.config import SamplingParams
+from mm_core.decoders.llama import LlamaConfig, LlamaDecoder
+from mm_core.hookspecs import BuildContext
+from mm_core.layers import RopeConfig
+from mm_core.runner import chunk_graphs, graphs
+from mm_core.runner.memory import KVCache
+from mm_core.runner.runner import ModelRunner, RunnerLimits
+from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence
+from mm_core.scheduler.sequence import Sequence as SequenceState
+from mm_core.types import MediaFeature, PlaceholderRange, PreparedRequest
+
+CPU = torch.device("cpu")
+BLOCK = 16
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(10000.0),
+    max_position_embeddings=256,
+)
+
+
+class _Encoder(torch.nn.Module):
+    hidden_size = 32
+
+    def cost(self, feature: MediaFeature) -> int:
+        return feature.num_tokens
+
+
+def make_runner() -> ModelRunner:
+    decoder = LlamaDecoder(CONFIG, BuildContext(CPU, torch.float32, 256))
+    randomize_(decoder)
+    kv = KVCache(decoder.kv_specs, 64, BLOCK, torch.float32, CPU)
+    torch.manual_seed(0)
+    for k, v in kv.caches["self"]:
+        k.normal_()
+        v.normal_()
+    runner = ModelRunner(decoder, _Encoder(), kv, "fake", CPU, RunnerLimits(8, 256, 40, 256))  # type: ignore[arg-type]
+    runner.rows.slab.normal_()
+    runner.rows.places.by_key[b"a"] = np.array([30, 5, 17], np.int32)
+    runner._sampler.last_ids.copy_(torch.arange(40, 48))
+    return runner
+
+
+def scheduled(slot: int, start: int, length: int, known: int, **extra: Any) -> ScheduledSequence:
+    """A sequence of `known` ids of which tokens [start, start + length) run; what is not known was just sampled."""
+    ids = tuple((7 * slot + 3 * i) % 90 for i in range(known))
+    seq = SequenceState(slot, PreparedRequest("r", ids, SamplingParams(max_tokens=9), **extra))
+    seq.slot = slot
+    blocks = -(-(start + length) // BLOCK)
+    samples = start + length >= known and not extra.get("ranges")
+    return ScheduledSequence(seq, start, length, samples, {"self": list(range(7 * slot, 7 * slot + blocks))})
+
+
+IMAGE = (PlaceholderRange(4, 4, (True, False, True, True), MediaFeature("image", 3, {}, key=b"a")),)
+BATCHES = {
+    "a prompt": [scheduled(0, 0, 21, 21)],
+    "two chunks, one with a picture": [scheduled(0, 2, 5, 60, ranges=IMAGE), scheduled(3, 40, 33, 73)],
+    "decodes beside chunks": [
+        scheduled(5, 50, 1, 50),
+        scheduled(1, 17, 1, 18),
+        scheduled(0, 0, 30, 30),
+        scheduled(2, 16, 3, 19),
+    ],
+    "a chunk of one token of a picture": [scheduled(5, 50, 1, 50), scheduled(0, 6, 1, 60, ranges=IMAGE)],
+    "nothing is sampled": [scheduled(0, 0, 9, 60)],
+}
+DECODES = {
+    "one": [scheduled(0, 20, 1, 21)],
+    "three": [scheduled(4, 33, 1, 33), scheduled(0, 20, 1, 21), scheduled(7, 90, 1, 90)],
+    "as many as there can be": [scheduled(i, 10 + 9 * i, 1, 10 + 9 * i) for i in range(8)],
+}
+
+
+def eager(runner: ModelRunner, host: Any) -> torch.Tensor:
+    hidden = runner._forward(host)
+    return hidden if host.sample_rows is None or len(host.sample_rows) else hidden[:0]
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, module: Any, make: Any, batch: list[ScheduledSequence]) -> None:
+    monkeypatch.setattr(module, "capture", lambda run, _: SimpleNamespace(replay=run))
+    runner = make_runner()
+    host = runner._builder.build(ScheduledBatch(1, tuple(batch)), runner.rows.places)
+    before = copy.deepcopy(runner.kv.caches)
+    wanted = eager(runner, host)
+    after = copy.deepcopy(runner.kv.caches)
+    with torch.inference_mode():
+        made = make(runner)
+        for name, layers in runner.kv.caches.items():
+            for (k, v), (old_k, old_v) in zip(layers, before[name], strict=True):
+                k.copy_(old_k)
+                v.copy_(old_v)
+        made.capture(None)  # must leave the caches alone
+        found = made.run(host)
+    assert found is not None
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for name, layers in runner.kv.caches.items():
+        for (k, v), (new_k, new_v) in zip(layers, after[name], strict=True):
+            torch.testing.assert_close(k, new_k)
+            torch.testing.assert_close(v, new_v)
+
+
+def chunks(runner: ModelRunner) -> chunk_graphs.ChunkGraphs:
+    width = runner._builder.width
+    last_ids = runner._sampler.last_ids
+    return chunk_graphs.ChunkGraphs(runner._decoder, runner.kv.caches, last_ids, runner.rows.slab, width, 256)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_padded_step_computes_what_an_eager_one_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    compare(monkeypatch, chunk_graphs, chunks, BATCHES[name])
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_a_padded_decode_step_computes_what_an_eager_one_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def make(runner: ModelRunner) -> graphs.DecodeGraphs:
+        parts = (runner._decoder, runner.kv.caches, runner._sampler.last_ids)
+        return graphs.DecodeGraphs(*parts, runner._builder.width, 256)
+
+    compare(monkeypatch, graphs, make, DECODES[name])
+
+
+def test_steps_that_no_graph_fits_are_left_to_eager_ones() -> None:
+    runner = make_runner()
+    made = chunks(runner)
+    build = runner._builder.build
+    long = build(ScheduledBatch(1, (scheduled(0, 0, 250, 250),)), runner.rows.places)
+    assert made._fit(long) is not None
+    made._tokens = {count: [n for n in sizes if n < 250] for count, sizes in made._tokens.items()}
+    assert made._fit(long) is None
+    assert made.run(long) is None
