@@ -30,18 +30,20 @@ def test_launch_sizes_are_powers_of_two(dtype, head_size, group):
     pytest.importorskip("triton")
     from mm_core.kernels._triton.attention_decode import decode_tiles
     from mm_core.kernels._triton.attention_prefill import prefill_tiles
+    from mm_core.kernels._triton.attention_shared import shared_tiles
     from mm_core.kernels._triton.rope import rope_launch
 
     sizes = [*rope_launch(group, head_size // 2)]
     for memory in (99 * 1024, 227 * 1024):
         for rows in (1, 64, 8192):
-            for has_bias in (False, True):
-                tiles = prefill_tiles(dtype, head_size, rows * group, group, has_bias=has_bias, shared_memory=memory)
-                assert tiles.rows >= max(16, group)
-                assert tiles.keys >= 16
-                sizes += [tiles.rows, tiles.keys, tiles.warps]
-    for busy in (False, True):
-        steps = decode_tiles(dtype, head_size, 16, busy)
-        assert steps.keys >= 16
-        sizes += [steps.keys, steps.warps]
+            shared = shared_tiles(dtype, head_size, rows * group)
+            assert shared.rows >= 16
+            sizes += [shared.rows, shared.keys, shared.warps]
+            tiles = prefill_tiles(dtype, head_size, rows * group, group, shared_memory=memory)
+            assert tiles.rows >= max(16, group)
+            assert tiles.keys >= 16
+            sizes += [tiles.rows, tiles.keys, tiles.warps]
+    steps = decode_tiles(dtype, head_size)
+    assert steps.keys >= 16
+    sizes += [steps.keys, steps.warps]
     assert all(size & (size - 1) == 0 for size in sizes)

@@ -1,6 +1,16 @@
 import pytest
 import torch
-from kernels.cases import BACKENDS, CUDA, HALF_TYPES, PagedCase, assert_close, build, device_of, dtypes_of
+from kernels.cases import (
+    BACKENDS,
+    CUDA,
+    HALF_TYPES,
+    PagedCase,
+    PagedInputs,
+    assert_close,
+    build,
+    device_of,
+    dtypes_of,
+)
 
 from mm_core.kernels import paged_attention, reference
 from mm_core.kernels.paged_attention import paged_attention_triton
@@ -50,8 +60,9 @@ LONG = [
 CASES = [*PREFILL, *DECODE, *(wide_cases() if CUDA else [])]
 
 
-def check(case: PagedCase, backend: str, dtype: torch.dtype, seed: int = 0) -> None:
+def check(case: PagedCase, backend: str, dtype: torch.dtype, seed: int = 0, num_decodes: int = 0) -> None:
     inputs = build(case, dtype, device_of(backend), seed)
+    inputs.kwargs["num_decodes"] = num_decodes
     out = torch.full(inputs.args[0].shape, float("nan"), dtype=dtype, device=inputs.args[0].device)
     run = paged_attention_triton if backend == "triton" else paged_attention
     returned = run(*inputs.args, **inputs.kwargs, out=out)
@@ -66,6 +77,67 @@ def check(case: PagedCase, backend: str, dtype: torch.dtype, seed: int = 0) -> N
 def test_equals_the_reference(case, backend):
     for dtype in dtypes_of(backend):
         check(case, backend, dtype)
+
+
+MIXED = [
+    (3, PagedCase([1, 1, 1, 5, 0, 33, 1], [70, 1, 300, 5, 0, 70, 20])),
+    (1, PagedCase([1, 40, 3], [600, 70, 100], 5, 1, 80, 16, bias="head")),
+    (2, PagedCase([1, 1, 130], [40, 20, 130], 6, 2, 96, 48, causal=False)),
+]
+
+
+@pytest.mark.parametrize(("num_decodes", "case"), MIXED, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_batches(backend, num_decodes, case):
+    for dtype in dtypes_of(backend):
+        check(case, backend, dtype, num_decodes=num_decodes)
+
+
+FRESH = [
+    (0, PagedCase([130, 20, 0, 64], [130, 90, 0, 64], 4, 2, 128, 16)),
+    (2, PagedCase([1, 1, 70, 5], [300, 1, 200, 5], 5, 1, 64, 48)),
+]
+FRESH_LONG = [
+    (0, PagedCase([294] * 9, [294] * 9, 28, 4, 128, 16)),
+    (0, PagedCase([2330, 150, 700], [2330, 1500, 1000], 28, 4, 128, 16)),
+    (3, PagedCase([1, 1, 1, 200, 3000], [900, 1, 65, 4096, 3000], 8, 8, 64, 64)),
+]
+
+
+def fresh_of(inputs: PagedInputs, case: PagedCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunks' own keys and values, as they stand in the caches, inside wider rows; NaN elsewhere."""
+    _, k_cache, v_cache, tables = inputs.args[:4]
+    found = []
+    for cache in (k_cache, v_cache):
+        wide = torch.full((inputs.args[0].shape[0], case.kv_heads + 1, case.head_size), float("nan")).to(cache)
+        row = 0
+        for seq, (count, length) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+            at = torch.arange(length - count, length, device=cache.device)
+            blocks = tables[seq, at // case.block_size].long()
+            wide[row : row + count, : case.kv_heads] = cache[blocks, at % case.block_size]
+            row += count
+        found.append(wide[:, : case.kv_heads])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("num_decodes", "case"), [*FRESH, *(FRESH_LONG if CUDA else [])], ids=str)
+def test_chunks_from_fresh_keys_triton(monkeypatch, num_decodes, case):
+    device = device_of("triton")
+    from mm_core.kernels._triton import attention_packed
+
+    taken = []
+    packed = attention_packed.packed
+    monkeypatch.setattr(attention_packed, "packed_pays", lambda *_: True)
+    monkeypatch.setattr(attention_packed, "packed", lambda *args, **options: taken.append(packed(*args, **options)))
+    for dtype in HALF_TYPES if CUDA else [torch.float32]:
+        inputs = build(case, dtype, device)
+        out = torch.full(inputs.args[0].shape, float("nan"), dtype=dtype, device=device)
+        options = {"num_decodes": num_decodes, "fresh": fresh_of(inputs, case)}
+        paged_attention_triton(*inputs.args, **inputs.kwargs, **options, out=out)
+        expected = reference.paged_attention(*inputs.wide(), **inputs.kwargs)
+        assert_close(out[: inputs.num_tokens], expected[: inputs.num_tokens])
+        assert out[inputs.num_tokens :].isnan().all()
+    assert taken
 
 
 @pytest.mark.gpu

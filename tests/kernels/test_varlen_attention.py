@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from kernels.cases import BACKENDS, CUDA, assert_close, device_of, dtypes_of, randn
+from kernels.cases import BACKENDS, CUDA, HALF_TYPES, assert_close, device_of, dtypes_of, randn
 
 from mm_core.kernels import reference, varlen_attention
 from mm_core.kernels.varlen_attention import varlen_attention_triton
@@ -41,6 +41,37 @@ def test_equals_the_reference(backend, lens, heads, kv_heads, head_size, causal)
         out = run(q, k, v, cu_seqlens, **options)
         expected = reference.varlen_attention(q.float(), k.float(), v.float(), cu_seqlens, **options)
         assert_close(out[: sum(lens)], expected[: sum(lens)])
+
+
+PACKED = [
+    ([70, 0, 150], 2, 2, 80, False),
+    ([64, 130], 4, 2, 64, True),
+    ([5, 100], 2, 1, 96, True),
+    ([200], 1, 1, 128, False),
+    ([90], 2, 2, 72, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("lens", "heads", "kv_heads", "head_size", "causal"), [*PACKED, *(WIDE if CUDA else [])], ids=str
+)
+def test_packed_triton_equals_the_reference(lens, heads, kv_heads, head_size, causal):
+    """The kernel for keys that lie together, which `varlen_attention` takes for half types on Hopper alone."""
+    device = device_of("triton")
+    from mm_core.kernels._triton.attention_packed import PackedTiles, packed
+
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=device)
+    for dtype in HALF_TYPES if CUDA else [torch.float32]:
+        total = sum(lens)
+        fused = randn(total + 2, heads + 2 * kv_heads, head_size, seed=len(lens), device=device, dtype=dtype)
+        fused[total:] = float("nan")
+        q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+        out = torch.full((total + 2, heads, head_size), float("nan"), device=device, dtype=dtype)
+        options = {"max_seqlen": max(lens), "scale": head_size**-0.5, "causal": causal}
+        packed(q, k, v, cu_seqlens, out, **options, tiles=None if CUDA else PackedTiles(64, 64, 4, 2))
+        expected = reference.varlen_attention(q.float(), k.float(), v.float(), cu_seqlens, **options)
+        assert_close(out[:total], expected[:total])
+        assert out[total:].isnan().all()
 
 
 @pytest.mark.parametrize("lens", [[64] * 40, [64, 64, 16, 16, 0, 64], [200, 1, 3], [10] * 3 + [50]])

@@ -74,6 +74,16 @@ class Batch:
 
     def step(self, chunks: Sequence[torch.Tensor], positions: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Run one chunk of each sequence; returns its logits [len(chunk), vocab] by sequence."""
+        hidden = self.hidden(chunks, positions)
+        return list(self.decoder.logits(hidden).split([len(c) for c in chunks]))
+
+    def hidden(
+        self,
+        chunks: Sequence[torch.Tensor],
+        positions: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The decoder's output for one chunk of each sequence."""
         counts = [len(c) for c in chunks]
         index = [torch.arange(d, d + n) for d, n in zip(self.done, counts, strict=True)]
         slots = [self.tables[s, i // BLOCK].long() * BLOCK + i % BLOCK for s, i in enumerate(index)]
@@ -90,9 +100,9 @@ class Batch:
             positions = torch.cat(index).int().expand(self.decoder.position_axes, -1)
         embeds = self.decoder.embed(torch.cat(list(chunks)))
         kept = embeds.clone()
-        hidden = self.decoder(embeds, positions, ForwardContext({"self": meta}, {"self": self.caches}))
+        hidden = self.decoder(embeds, positions, ForwardContext({"self": meta}, {"self": self.caches}, rows))
         assert torch.equal(embeds, kept)
-        return list(self.decoder.logits(hidden).split(counts))
+        return hidden
 
 
 def build(case: str) -> tuple[torch.nn.Module, LlamaDecoder]:
@@ -149,6 +159,22 @@ def test_decoding_token_by_token_equals_the_reference(case: str) -> None:
     for row, (i, n) in enumerate(zip(ids, prefilled, strict=True)):
         want = reference(i[None, : n + 4]).logits[0, n - 1 :]
         torch.testing.assert_close(torch.stack(got[row]), want, atol=TOLERANCE, rtol=0)
+
+
+@torch.inference_mode()
+def test_wanted_rows_alone_are_the_same_rows() -> None:
+    _, decoder = build("qwen2")
+    ids = prompts([37, 5, 20])
+    rows = torch.tensor([61, 3, 36])
+    whole, batch = Batch(decoder, [40, 5, 20]), Batch(decoder, [40, 5, 20])
+    want = whole.hidden(ids)[rows]
+    torch.testing.assert_close(batch.hidden(ids, rows=rows), want, atol=1e-5, rtol=0)
+    none = [torch.zeros(1, dtype=torch.int64), ids[1][:0], ids[2][:0]]
+    assert batch.hidden(none, rows=rows[:0]).shape == (0, decoder.hidden_size)  # a chunk inside a prompt
+    whole.hidden(none)
+    # Keys and values of the others are there all the same
+    for ours, theirs in zip(batch.caches, whole.caches, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", ["llama-head-dim", "qwen2-tied"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.tiny import make_tiny_qwen2vl
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -19,6 +21,7 @@ from mm_core.config import EngineConfig, SamplingParams
 from mm_core.errors import CheckpointError, InvalidParamsError, InvalidPromptError, MediaError, PluginError
 from mm_core.hookspecs import MediaRequest, Processor
 from mm_core.inputs import InputPipeline, eos_token_ids
+from mm_core.layers import Patchify
 from mm_core.media import Normalisation, PatchLayout, normalise, patchify
 from mm_core.types import MediaFeature, MediaItem, TextPrompt
 from mm_plugin_qwen2vl import mm_fusion
@@ -68,9 +71,19 @@ def clip(frames: np.ndarray, **info: Any) -> MediaItem:
     return MediaItem("video", b"", frames, info)
 
 
-def same(feature: MediaFeature, wanted: Any) -> bool:
+def patches(processor: Qwen2VLProcessor, feature: MediaFeature) -> np.ndarray:
+    """What the encoder makes of a feature's pixels."""
+    settings = processor._settings[feature.modality]
+    (pixels,) = feature.tensors.values()
+    assert pixels.dtype == torch.uint8
+    made = Patchify(settings.layout, settings.norm, torch.device("cpu"), torch.float32)([pixels])
+    assert len(made) == math.prod(feature.info["grid_thw"])
+    return made.numpy()
+
+
+def same(processor: Qwen2VLProcessor, feature: MediaFeature, wanted: Any) -> bool:
     return feature.info["grid_thw"] == tuple(wanted["image_grid_thw"][0].tolist()) and np.array_equal(
-        feature.tensors["pixel_values"].numpy(), wanted["pixel_values"]
+        patches(processor, feature), wanted["pixel_values"]
     )
 
 
@@ -87,7 +100,11 @@ def test_pixels_equal_transformers_in_every_mode(
 ) -> None:
     for _ in range(4):
         image = noise(*(int(n) for n in RNG.integers(8, 300, 2)), mode=mode)
-        assert same(processor.prepare(item(image), b""), reference(images=[image.convert("RGB")], return_tensors="np"))
+        assert same(
+            processor,
+            processor.prepare(item(image), b""),
+            reference(images=[image.convert("RGB")], return_tensors="np"),
+        )
 
 
 def test_pixels_equal_transformers_at_every_size(
@@ -110,8 +127,8 @@ def test_pixels_equal_transformers_at_every_size(
     for height, width in sizes:
         image = noise(height, width)
         feature = processor.prepare(item(image), b"")
-        assert same(feature, reference(images=[image], return_tensors="np")), (height, width)
-        assert feature.num_tokens * 4 == len(feature.tensors["pixel_values"])
+        assert same(processor, feature, reference(images=[image], return_tensors="np")), (height, width)
+        assert feature.num_tokens * 4 == len(patches(processor, feature))
 
 
 def test_request_sizes_equal_transformers(processor: Qwen2VLProcessor, reference: Qwen2VLImageProcessorPil) -> None:
@@ -119,7 +136,7 @@ def test_request_sizes_equal_transformers(processor: Qwen2VLProcessor, reference
     for low, high in ((784, 3136), (3136, 12_845_056), (200_000, 300_000)):
         variant = processor.variant(item(image), MediaRequest({}, {"min_pixels": low, "max_pixels": high}))
         wanted = reference(images=[image], size={"shortest_edge": low, "longest_edge": high}, return_tensors="np")
-        assert same(processor.prepare(item(image), variant), wanted)
+        assert same(processor, processor.prepare(item(image), variant), wanted)
 
 
 def test_too_elongated(processor: Qwen2VLProcessor) -> None:
@@ -166,18 +183,27 @@ def test_videos_equal_the_plain_reference(processor: Qwen2VLProcessor, reference
     t, h, w = feature.info["grid_thw"]
     assert t == -(-count // 2)
     wanted = plain_video(frames, (h * 14, w * 14), reference.image_mean, reference.image_std)
-    assert np.array_equal(feature.tensors["pixel_values"].numpy(), wanted)
+    assert np.array_equal(patches(processor, feature), wanted)
     assert feature.num_tokens == t * h * w // 4
     assert feature.info["second_per_grid"] == 0.5
     assert processor.prepare(clip(frames), b"").info["second_per_grid"] is None
 
 
+def test_features_share_no_memory_with_what_was_given(processor: Qwen2VLProcessor) -> None:
+    frames = RNG.integers(0, 256, (2, 112, 112, 3), dtype=np.uint8)
+    kept = frames.copy()
+    feature = processor.prepare(clip(frames), processor.variant(clip(frames), MediaRequest({}, {"min_pixels": 784})))
+    assert feature.tensors["pixels"].shape == frames.shape
+    frames[:] = 0
+    assert np.array_equal(feature.tensors["pixels"].numpy(), kept)
+
+
 def test_patches_of_other_layouts() -> None:
     frames = RNG.integers(0, 256, (3, 24, 36, 3), dtype=np.uint8)
     norm = Normalisation((0.0,) * 3, (1 / 255,) * 3)
-    patches, grid = patchify(frames, PatchLayout(patch=4, temporal=1, merge=3), norm)
+    made, grid = patchify(frames, PatchLayout(patch=4, temporal=1, merge=3), norm)
     assert grid == (3, 6, 9)
-    block = patches.reshape(3, 2, 3, 3, 3, 3, 4, 4)[2, 1, 2, 0, 1]
+    block = made.reshape(3, 2, 3, 3, 3, 3, 4, 4)[2, 1, 2, 0, 1]
     assert np.array_equal(np.rint(block), frames[2, 12:16, 28:32].transpose(2, 0, 1))
 
 

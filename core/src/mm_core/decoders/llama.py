@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from mm_core.errors import CheckpointError, ConfigError, NotBuiltError
 from mm_core.hookspecs import BuildContext, KVCacheSpec, WeightMap
-from mm_core.kernels.rope import rope_pair_
 from mm_core.layers import (
     Embedding,
     ForwardContext,
@@ -151,6 +150,10 @@ def _window(text_config: Mapping[str, Any], values: Mapping[str, Any], qwen2: bo
     return window
 
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the batch's positions, each [T, head_dim / 2] float32."""
+
+
 class LlamaAttention(nn.Module):
     """Rotary grouped-query self-attention with fused q, k and v."""
 
@@ -164,13 +167,13 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(shards[0], config.hidden_size, bias=config.o_bias, device=device, dtype=dtype)
         self.attend = PagedAttention(layer, scale=d**-0.5)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
-        """[T, hidden] → [T, hidden]; cos and sin [T, head_dim / 2]."""
+    def forward(self, x: Tensor, rotation: Rotation, context: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        """[T, hidden] → [T, hidden], or [R, hidden] of the tokens `rows`, where that is given."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)
-        rope_pair_(q, k, cos, sin)
-        out: Tensor = self.o_proj(self.attend(q, k, v, context).flatten(1))
-        return out
+        out = self.attend(q, k, v, context, rotation=rotation).flatten(1)
+        projected: Tensor = self.o_proj(out if rows is None else out.index_select(0, rows))
+        return projected
 
 
 class LlamaLayer(nn.Module):
@@ -185,14 +188,24 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps, device=device, dtype=dtype)
         self.mlp = GatedMLP(size, config.intermediate_size, bias=config.mlp_bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor | None, residual: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rotation: Rotation,
+        context: ForwardContext,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x: the previous layer's output, not yet in the residual (None before the first layer).
-        Returns this layer's; `residual` is updated in place."""
+        Returns this layer's, and the residual, which is updated in place; where `rows` is given,
+        both of these tokens alone."""
         norm = self.input_layernorm
         x = norm(residual) if x is None else norm.add_(x, residual)
-        x = self.self_attn(x, cos, sin, context)
+        x = self.self_attn(x, rotation, context, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
         out: Tensor = self.mlp(self.post_attention_layernorm.add_(x, residual))
-        return out
+        return out, residual
 
 
 class LlamaDecoder(nn.Module):
@@ -223,12 +236,15 @@ class LlamaDecoder(nn.Module):
         return rows
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """[T, hidden], [axes, T] int32 → [T, hidden] after the final norm. The input is not changed."""
-        cos, sin = self.rotary(positions)
+        """[T, hidden], [axes, T] int32 → [T, hidden] after the final norm, or [R, hidden] of the
+        tokens `context.rows`. The input is not changed."""
+        rotation = self.rotary(positions)
         residual = inputs_embeds.clone()
         x: Tensor | None = None
-        for layer in self.layers:
-            x = layer(x, residual, cos, sin, context)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            # Nothing reads the other tokens once the last layer's keys and values are written.
+            x, residual = layer(x, residual, rotation, context, context.rows if index == last else None)
         assert x is not None, "a decoder has at least one layer"
         return self.norm.add_(x, residual)
 

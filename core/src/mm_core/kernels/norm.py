@@ -1,4 +1,4 @@
-"""RMS norm (Zhang & Sennrich 2019), alone and fused with the residual addition before it."""
+"""RMS norm (Zhang & Sennrich 2019) and layer norm (Ba et al. 2016), fused with the residual addition before them."""
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,23 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     return impl.add_rms_norm_(x, residual, weight, eps)
 
 
+def add_layer_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then (r - mean(r)) / sqrt(var(r) + eps) * weight + bias of the sum r as rounded.
+
+    x, residual: [T, H] of one dtype, last dim contiguous; weight, bias: [H]. Normalised in float32, rounded
+    once. Returns [T, H].
+    """
+    run = add_layer_norm_triton if x.device.type == "cuda" else _add_layer_norm_cpu
+    return run(x, residual, weight, bias, eps)
+
+
+def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`add_layer_norm_` by its Triton kernel, whatever the device."""
+    from mm_core.kernels._triton import norm as impl
+
+    return impl.add_layer_norm_(x, residual, weight, bias, eps)
+
+
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -55,3 +72,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm_cpu(residual.add_(x), weight, eps)
+
+
+def _add_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(residual.add_(x), (x.shape[-1],), weight, bias, eps)

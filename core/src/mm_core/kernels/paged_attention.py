@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mm_core.kernels.paged_attention_cpu import CpuPlan, paged_attention_cpu, plan_cpu
+from mm_core.kernels.shared_prefixes import SharedPrefixes
 
-@dataclass(frozen=True)
-class SharedPrefixes:
-    """Groups of single-token sequences whose block tables begin with the same blocks.
-
-    A shared prefix is read once for its whole group, then each sequence's own rest. members: [S]
-    int32, the sequences, those of a group one after another. bounds: [S + 1] int32, group g is
-    members[bounds[g] : bounds[g + 1]]; groups past the last are empty. lens: [S] int32, for each
-    group the tokens its members share (a multiple of block_size, less than any member's kv_len; 0:
-    nothing, each reads its own keys alone).
-    """
-
-    members: Tensor
-    bounds: Tensor
-    lens: Tensor
-
-
-# Rows of a prefill chunk that share one mask on the CPU: bounds its size, and skips keys none of them sees.
-CPU_CHUNK = 512
+__all__ = ["CpuPlan", "SharedPrefixes", "paged_attention", "paged_attention_triton", "plan_cpu"]
 
 
 def paged_attention(
@@ -45,6 +26,9 @@ def paged_attention(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     plan: CpuPlan | None = None,
+    num_decodes: int = 0,
+    shared: SharedPrefixes | None = None,
+    fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v for every sequence of a batch (Vaswani et al. 2017, eq. 1), in float32.
 
@@ -62,15 +46,22 @@ def paged_attention(
     out: [T, Hq, D] to write to, last dim contiguous; new if None. Rows outside cu_seqlens_q are not written.
 
     plan: `plan_cpu` of the same tables, for callers with many layers; without a GPU only.
+    num_decodes: the first so many sequences have exactly one row each: on a GPU they take the decode kernel
+        and the rest the prefill kernel.
+    shared: what those sequences (all of them where max_q_len == 1) have in common; ignored without a GPU,
+        and where there is a bias.
+    fresh: keys and values [T, Hkv, D] of this step's own tokens, q's rows, as they stand in the cache: each
+        sequence's last ones. Long chunks are faster read from there. For causal attention.
 
     Queries that see no key give zeros.
     """
     if q.device.type != "cuda":
         plan = plan or plan_cpu(block_tables, cu_seqlens_q, kv_lens, k_cache.shape[1])
-        return _paged_attention_cpu(q, k_cache, v_cache, plan, scale, causal, bias, out)
+        return paged_attention_cpu(q, k_cache, v_cache, plan, scale, causal, bias, out)
     return paged_attention_triton(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens,
         max_q_len=max_q_len, max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, out=out,
+        num_decodes=num_decodes, shared=shared, fresh=fresh,
     )  # fmt: skip
 
 
@@ -88,196 +79,41 @@ def paged_attention_triton(
     causal: bool = True,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    num_decodes: int = 0,
+    shared: SharedPrefixes | None = None,
+    fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`paged_attention` by its Triton kernels, whatever the device."""
     from mm_core.kernels._triton.attention_decode import decode
+    from mm_core.kernels._triton.attention_packed import packed, packed_pays
     from mm_core.kernels._triton.attention_prefill import prefill
+    from mm_core.kernels._triton.attention_shared import attend_shared
 
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    if max_q_len == 1:
+    count = kv_lens.shape[0]
+    singles = count if max_q_len == 1 else num_decodes
+    if singles:
+        rows = (q, k_cache, v_cache, block_tables[:singles], cu_seqlens_q[: singles + 1])
+        part = None
+        if shared is not None and bias is None:
+            part = attend_shared(
+                *rows, shared.members, shared.bounds, shared.lens, max_kv_len=max_kv_len, scale=scale
+            )
         decode(
-            q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, result,
-            max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias,
+            *rows, kv_lens[:singles], result,
+            max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, shared=part,
+        )  # fmt: skip
+    if singles == count:
+        return result
+    tables, bounds, lens = block_tables[singles:], cu_seqlens_q[singles:], kv_lens[singles:]
+    if fresh is not None and causal and bias is None and packed_pays(q, fresh, k_cache, scale, max_q_len):
+        packed(
+            q, *fresh, bounds, result, max_seqlen=max_q_len, scale=scale, causal=True,
+            caches=(k_cache, v_cache), block_tables=tables, kv_lens=lens, first_row=singles,
         )  # fmt: skip
     else:
         prefill(
-            q, k_cache, v_cache, cu_seqlens_q, result, max_q_len=max_q_len, scale=scale, causal=causal,
-            block_tables=block_tables, kv_lens=kv_lens, bias=bias,
+            q, k_cache, v_cache, bounds, result, max_q_len=max_q_len, scale=scale, causal=causal,
+            block_tables=tables, kv_lens=lens, bias=bias, first_row=singles,
         )  # fmt: skip
     return result
-
-
-@dataclass(frozen=True)
-class _Singles:
-    """Sequences with one query each that one call serves: their rows, keys' slots and mask.
-
-    slots: [S * longest] int64 into the flattened cache, places past a sequence's end repeating its
-    last key (what lies past the end may be NaN, which no mask removes); None for one sequence.
-    """
-
-    seqs: list[int]
-    rows: list[int]
-    lens: list[int]
-    longest: int
-    slots: Tensor | None
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class CpuPlan:
-    """What the CPU path derives from a batch's block tables: the same for all layers of a step."""
-
-    bounds: list[int]
-    lengths: list[int]
-    blocks: list[list[int]]
-    chunks: list[int]
-    singles: list[_Singles]
-
-
-def plan_cpu(block_tables: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, block_size: int) -> CpuPlan:
-    """The plan of a batch, arguments as `paged_attention`'s. Make it once a step, pass it to every layer."""
-    bounds: list[int] = cu_seqlens_q.tolist()
-    lengths: list[int] = kv_lens.tolist()
-    blocks = [row[: -(-n // block_size)] for row, n in zip(block_tables.tolist(), lengths, strict=True)]
-    queries = [end - start for start, end in pairwise(bounds)]
-    singles = [s for s, n in enumerate(queries) if n == 1 and lengths[s] > 0]
-    chunks = [s for s, n in enumerate(queries) if n > 0 and not (n == 1 and lengths[s] > 0)]
-    groups = [_plan_singles(g, bounds, lengths, block_tables, block_size) for g in _similar(singles, lengths)]
-    return CpuPlan(bounds, lengths, blocks, chunks, groups)
-
-
-def _similar(seqs: list[int], lengths: list[int]) -> list[list[int]]:
-    """Groups whose shortest has at least half the keys of its longest: padding at most doubles the work."""
-    groups: list[list[int]] = []
-    if not seqs or 2 * min(lengths[seq] for seq in seqs) >= max(lengths[seq] for seq in seqs):
-        return [seqs] if seqs else []
-    for seq in sorted(seqs, key=lambda seq: -lengths[seq]):
-        if groups and 2 * lengths[seq] >= lengths[groups[-1][0]]:
-            groups[-1].append(seq)
-        else:
-            groups.append([seq])
-    return groups
-
-
-def _plan_singles(
-    seqs: list[int], bounds: list[int], lengths: list[int], block_tables: Tensor, block_size: int
-) -> _Singles:
-    lens = [lengths[s] for s in seqs]
-    rows, longest = [bounds[s] for s in seqs], max(lens)
-    if len(seqs) == 1:
-        return _Singles(seqs, rows, lens, longest, None, None)
-    limits = torch.tensor(lens)[:, None]
-    tokens = torch.minimum(torch.arange(longest)[None, :], limits - 1)
-    blocks = block_tables[seqs].long().gather(1, tokens // block_size)
-    mask = (torch.arange(longest) < limits)[:, None, None, :] if min(lens) < longest else None
-    return _Singles(seqs, rows, lens, longest, (blocks * block_size + tokens % block_size).view(-1), mask)
-
-
-def _paged_attention_cpu(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: CpuPlan,
-    scale: float,
-    causal: bool,
-    bias: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Single-token sequences together in a few calls, longer ones one by one."""
-    # The rows of a batch that only decodes are its queries as they stand.
-    whole = len(plan.singles) == 1 and plan.singles[0].rows == list(range(q.shape[0]))
-    if whole and out is None:
-        return _attend_singles(q, k_cache, v_cache, plan, plan.singles[0], scale, causal, bias)
-    result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
-    for seq in plan.chunks:
-        start, end, kv_len = plan.bounds[seq], plan.bounds[seq + 1], plan.lengths[seq]
-        if kv_len == 0:
-            result[start:end] = 0
-            continue
-        k, v = (_gather(cache, plan.blocks[seq], kv_len) for cache in (k_cache, v_cache))
-        _attend_one(q[start:end], k, v, result[start:end], scale, causal, bias)
-    for group in plan.singles:
-        result[group.rows] = _attend_singles(q[group.rows], k_cache, v_cache, plan, group, scale, causal, bias)
-    return result
-
-
-def _gather(cache: Tensor, blocks: list[int], kv_len: int) -> Tensor:
-    """[kv_len, Hkv, D] of one sequence: a view where its blocks lie one after another."""
-    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-        picked = cache[blocks[0] : blocks[0] + len(blocks)]
-    else:
-        picked = cache.index_select(0, torch.tensor(blocks))
-    return picked.flatten(0, 1)[:kv_len]
-
-
-def _pick(cache: Tensor, plan: CpuPlan, group: _Singles) -> Tensor:
-    """Keys or values [S, longest, Hkv, D] of a group."""
-    if group.slots is None:
-        return _gather(cache, plan.blocks[group.seqs[0]], group.longest)[None]
-    block_size = cache.shape[1]
-    if cache.stride(0) == block_size * cache.stride(1):
-        rows = cache.flatten(0, 1).index_select(0, group.slots)
-    else:
-        rows = cache[group.slots // block_size, group.slots % block_size]
-    return rows.view(len(group.seqs), group.longest, *cache.shape[2:])
-
-
-def _attend_singles(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: CpuPlan,
-    group: _Singles,
-    scale: float,
-    causal: bool,
-    bias: Tensor | None,
-) -> Tensor:
-    """One query a sequence: q [S, Hq, D] -> [S, Hq, D].
-
-    The query heads of one KV head stand in as its queries: no key is copied for them.
-    """
-    k, v = _pick(k_cache, plan, group), _pick(v_cache, plan, group)
-    count, num_heads, head_size = q.shape
-    num_kv_heads, longest = k.shape[2], k.shape[1]
-    heads = num_heads // num_kv_heads
-    mask = group.mask
-    if bias is not None:
-        row = torch.tensor(group.lens) - 1 if causal else torch.zeros(count, dtype=torch.long)
-        added = bias[:, row, :longest].float().transpose(0, 1)  # [S, Hb, N]
-        added = added.view(count, num_kv_heads, heads, -1) if bias.shape[0] > 1 else added[:, None]
-        mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
-    out = F.scaled_dot_product_attention(
-        q.reshape(count, num_kv_heads, heads, head_size), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype), scale=scale,
-    )  # fmt: skip
-    return out.reshape(count, num_heads, head_size)
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, causal: bool, bias: Tensor | None) -> None:
-    """One sequence's chunk: q and out [M, Hq, D], k and v [N, Hkv, D]."""
-    q_len, kv_len = q.shape[0], k.shape[0]
-    hidden = max(0, q_len - kv_len) if causal else 0
-    out[:hidden] = 0  # queries before the first key
-    keys, values = (x.transpose(0, 1)[None] for x in (k, v))  # [1, Hkv, N, D]
-    grouped = q.shape[1] != k.shape[1]
-    if bias is None and (not causal or q_len - hidden == kv_len):
-        whole = F.scaled_dot_product_attention(
-            q[hidden:].transpose(0, 1)[None], keys, values, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-        out[hidden:] = whole[0].transpose(0, 1)
-        return
-    shift = kv_len - q_len
-    for start in range(hidden, q_len, CPU_CHUNK):
-        end = min(start + CPU_CHUNK, q_len)
-        visible = shift + end if causal else kv_len
-        rows = torch.arange(start, end) + (shift if causal else 0)
-        mask = torch.arange(visible) <= rows[:, None] if causal else None
-        if bias is not None:
-            added = bias[:, rows[0] : rows[-1] + 1, :visible].to(q.dtype)
-            mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
-            mask = mask[None]
-        part = F.scaled_dot_product_attention(
-            q[start:end].transpose(0, 1)[None], keys[:, :, :visible], values[:, :, :visible],
-            attn_mask=mask, scale=scale, enable_gqa=grouped,
-        )  # fmt: skip
-        out[start:end] = part[0].transpose(0, 1)

@@ -4,9 +4,15 @@ They are what the tests compare with; nothing else should call them.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mm_core.kernels.penalties import IN_PROMPT
+from mm_core.kernels.random import gumbel_noise
+from mm_core.kernels.sample import Filters, Launch
+from mm_core.kernels.weights import weights
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,6 +46,9 @@ def paged_attention(
     causal: bool = True,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    num_decodes: int = 0,  # noqa: ARG001
+    shared: object = None,  # noqa: ARG001
+    fresh: object = None,  # noqa: ARG001
 ) -> Tensor:
     """See `mm_core.kernels.paged_attention`; gathers each sequence's keys token by token."""
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -124,7 +133,124 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
     return rms_norm(residual, weight, eps)
 
 
+def add_layer_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `mm_core.kernels.add_layer_norm_`."""
+    residual.copy_(residual + x)
+    centred = residual.float() - residual.float().mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * weight.float() + bias.float()).to(x.dtype)
+
+
+def quick_gelu_(x: Tensor) -> Tensor:
+    """See `mm_core.kernels.quick_gelu_`."""
+    wide = x.float()
+    return x.copy_(wide * torch.sigmoid(1.702 * wide))
+
+
+def rope_kv_write_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """See `mm_core.kernels.rope_kv_write_`."""
+    rope_pair_(q, k, cos, sin)
+    kv_write(k, v, k_cache, v_cache, slot_mapping)
+
+
+def patchify(pixels: Sequence[Tensor], values: Tensor, *, patch: int, temporal: int, merge: int) -> Tensor:
+    """See `mm_core.kernels.patchify`."""
+    out = []
+    for picture in pixels:
+        missing = -len(picture) % temporal
+        frames = torch.cat((picture, picture[-1:].expand(missing, -1, -1, -1)))
+        steps, side = len(frames) // temporal, patch * merge
+        rows, cols = frames.shape[1] // side, frames.shape[2] // side
+        # step, slot, row, dy, y, column, dx, x, channel
+        split = frames.view(steps, temporal, rows, merge, patch, cols, merge, patch, 3)
+        patches = split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3, temporal * patch * patch).long()
+        out.append(values[torch.arange(3, device=values.device)[:, None], patches].flatten(1))
+    return torch.cat(out) if out else values.new_empty(0, 3 * temporal * patch * patch)
+
+
 def silu_and_mul(x: Tensor) -> Tensor:
     """See `mm_core.kernels.silu_and_mul`."""
     gate, up = x.float().chunk(2, dim=-1)
     return ((gate * torch.sigmoid(gate)).to(x.dtype) * up.to(x.dtype)).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `mm_core.kernels.linear`."""
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `mm_core.kernels.gated_linear`; rounded once."""
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+def filtered_scores(scores: Tensor, temperatures: Tensor, filters: Filters | None) -> Tensor:
+    """See `mm_core.kernels.sample.filtered_scores`."""
+    divided = scores.float() / temperatures[:, None]
+    for i, x in enumerate(divided if filters is not None else ()):
+        assert filters is not None
+        if filters.top_k[i] < len(x):
+            x[x < x.sort(descending=True).values[filters.top_k[i] - 1]] = float("-inf")
+        if filters.top_p is not None and filters.top_p[i] < 1:
+            order = x.argsort(descending=True, stable=True)
+            masses = weights(x[order], x.max())
+            better = masses.cumsum(0) - masses
+            x[order[better >= masses.sum() * filters.top_p[i]]] = float("-inf")
+        if filters.log_min_p is not None:
+            x[x < x.max() + filters.log_min_p[i]] = float("-inf")
+    return divided
+
+
+def choose_tokens(
+    scores: Tensor,
+    rows: Tensor,
+    temperatures: Tensor,
+    launch: Launch,
+    filters: Filters | None = None,
+    *,
+    edited: bool = False,
+    random: bool = True,  # noqa: ARG001
+) -> None:
+    """See `mm_core.kernels.sample.choose_tokens`."""
+    own = (scores if edited else scores[rows]).float()
+    divided = filtered_scores(own, temperatures[rows], filters)
+    for i, row in enumerate(rows.tolist()):
+        x = own[i]
+        usable = not bool(x.isnan().any()) and bool(x.max().isfinite())
+        if temperatures[row] > 0:
+            x = divided[i] + gumbel_noise(launch.keys[row : row + 1], len(x))[0]
+        # `==` and `nonzero` rather than an argmax, whose choice among equals is what is tested.
+        token = int((x == x.max()).nonzero()[0, 0]) if usable else 0
+        launch.out[0, row] = launch.last_ids[launch.slots[row]] = token
+        if not edited:
+            launch.out[1, row] = int(usable)
+
+
+def penalise_(
+    scores: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    places: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """See `mm_core.kernels.penalties.penalise_`."""
+    for i, row in enumerate(rows.tolist()):
+        x, count = scores[row], counts[places[i]]
+        output = count % IN_PROMPT
+        factor = repetition[i].float()
+        x[count > 0] = torch.where(x < 0, x * factor, x / factor)[count > 0]
+        x -= frequency[i].float() * output
+        x -= presence[i].float() * output.clamp(max=1)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mm_core.kernels.kv_write import kv_write
+
 
 def build_rope_table(inv_freq: Tensor, max_pos: int, attention_scaling: float = 1.0) -> Tensor:
     """cos(p * inv_freq) and sin(p * inv_freq), times attention_scaling, for positions 0 … max_pos - 1.
@@ -60,6 +62,55 @@ def rope_pair_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     from mm_core.kernels._triton import rope as impl
 
     impl.rope_pair_(q, k, cos, sin)
+
+
+def rope_kv_write_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """`rope_pair_` of q and k and `kv_write` of the rotated k and of v, in one launch. Tokens that are
+    written nowhere (slot -1) may keep their k as it was.
+
+    q: [T, Hq, D]; k, v: [T, Hkv, D]; cos, sin: [T, D_rot / 2] float32; caches and slot_mapping as in `kv_write`.
+    """
+    run = rope_kv_write_triton if q.device.type == "cuda" else _rope_kv_write_cpu
+    run(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+
+
+def rope_kv_write_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """`rope_kv_write_` by its Triton kernel, whatever the device."""
+    from mm_core.kernels._triton import rope as impl
+
+    impl.rope_kv_write_(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+
+
+def _rope_kv_write_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    _rope_pair_cpu(q, k, cos, sin)
+    kv_write(k, v, k_cache, v_cache, slot_mapping)
 
 
 def _rope_cpu(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_freq: Tensor | None) -> None:

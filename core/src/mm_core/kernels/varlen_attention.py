@@ -44,11 +44,15 @@ def varlen_attention_triton(
     scale: float,
     causal: bool = False,
 ) -> Tensor:
-    """`varlen_attention` by its Triton kernel, whatever the device."""
+    """`varlen_attention` by its Triton kernels, whatever the device."""
+    from mm_core.kernels._triton.attention_packed import packable, packed
     from mm_core.kernels._triton.attention_prefill import prefill
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    prefill(q, k, v, cu_seqlens, out, max_q_len=max_seqlen, scale=scale, causal=causal)
+    if packable(q, k, v, scale):
+        packed(q, k, v, cu_seqlens, out, max_seqlen=max_seqlen, scale=scale, causal=causal)
+    else:
+        prefill(q, k, v, cu_seqlens, out, max_q_len=max_seqlen, scale=scale, causal=causal)
     return out
 
 

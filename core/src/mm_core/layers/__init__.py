@@ -5,6 +5,7 @@ checkpoint loader fills them) and take everything that describes the batch as an
 """
 
 from mm_core.layers.attention import PagedAttention
+from mm_core.layers.captured import CapturedPasses
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
@@ -12,11 +13,13 @@ from mm_core.layers.mlp import GatedMLP
 from mm_core.layers.norm import LayerNorm, RMSNorm
 from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
+from mm_core.layers.patches import Patchify
 from mm_core.layers.rotary import MROPE_SLACK, RopeConfig, RotaryEmbedding, rope_inv_freq
 
 __all__ = [
     "MROPE_SLACK",
     "AttentionMetadata",
+    "CapturedPasses",
     "Embedding",
     "ForwardContext",
     "GatedMLP",
@@ -25,6 +28,7 @@ __all__ = [
     "MergedLinear",
     "PackedWeight",
     "PagedAttention",
+    "Patchify",
     "RMSNorm",
     "RopeConfig",
     "RotaryEmbedding",

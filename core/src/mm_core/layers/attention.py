@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mm_core.kernels.kv_write import kv_write
 from mm_core.kernels.paged_attention import paged_attention
+from mm_core.kernels.rope import rope_kv_write_
 from mm_core.layers.context import ForwardContext
 
 
@@ -29,14 +30,19 @@ class PagedAttention(nn.Module):
         v: Tensor | None,
         context: ForwardContext,
         bias: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """q [T, heads, D]; k and v [tokens written, kv_heads, D], or None where the cache already
-        holds them (cross-attention after its first step); bias is added to the scores. Returns
-        [T, heads, D]."""
+        holds them (cross-attention after its first step); bias is added to the scores; rotation: cos
+        and sin, each [T, D_rot / 2] float32, by which q and k, where k and v are given, are turned
+        first, in place. Returns [T, heads, D]."""
         table = context.tables[self.table]
         k_cache, v_cache = context.caches[self.table][self.layer]
         if k is not None and v is not None and table.slot_mapping is not None:
-            kv_write(k, v, k_cache, v_cache, table.slot_mapping)
+            if rotation is None:
+                kv_write(k, v, k_cache, v_cache, table.slot_mapping)
+            else:
+                rope_kv_write_(q, k, v, *rotation, k_cache, v_cache, table.slot_mapping)
         return paged_attention(
             q,
             k_cache,
@@ -50,4 +56,7 @@ class PagedAttention(nn.Module):
             causal=table.causal,
             bias=bias,
             plan=table.cpu_plan,
+            num_decodes=table.num_decodes,
+            shared=table.shared,
+            fresh=None if k is None or v is None or table.slot_mapping is None else (k, v),
         )

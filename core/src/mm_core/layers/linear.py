@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mm_core.kernels.linear import linear
 from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
 
@@ -35,7 +35,7 @@ class Linear(nn.Module):
         """[..., in_features] → [..., out_features]."""
         if self.packed is not None:
             return self.packed.linear(x, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def finish_loading(self) -> None:
         """Pack the loaded weight where that is faster (on a CPU); the plain one is dropped then."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_core.kernels.activation import silu_and_mul
+from mm_core.kernels.linear import gated_linear
 from mm_core.layers.linear import Linear, MergedLinear
 
 
@@ -31,5 +32,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] → [T, size]."""
-        down: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        both = self.gate_up_proj
+        plain = both.packed is None and both.bias is None
+        hidden = gated_linear(x, both.weight) if plain else silu_and_mul(both(x))
+        down: Tensor = self.down_proj(hidden)
         return down

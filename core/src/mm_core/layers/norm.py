@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_core.kernels.norm import add_rms_norm_, rms_norm
+from mm_core.kernels.norm import add_layer_norm_, add_rms_norm_, rms_norm
 from mm_core.layers.parameter import empty_parameter
 
 
@@ -44,3 +44,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add x to `residual` in place, then normalise the sum; the sum stays in `residual`."""
+        return add_layer_norm_(x, residual, self.weight, self.bias, self.eps)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mm_core.errors import MediaDecodeError, MediaError, MediaTooLargeError, UnsupportedMediaError
 from mm_core.media.sniff import IMAGE_FORMATS, image_format, image_size
+
+T = TypeVar("T")
 
 # EXIF orientation 2…8 → what undoes it (EXIF 2.32, tag 0x0112).
 _UPRIGHT = {
@@ -174,12 +177,24 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """A PIL image the caller loaded, taken as it is: `convert("RGB")`, no transpose, no compositing."""
+    return _read_pil(image, limits, lambda: image.convert("RGB"))
+
+
+def packed_rgb(image: Image.Image, limits: MediaLimits = DEFAULT_LIMITS) -> bytes:
+    """The pixels, height × width × 3 bytes, of a PIL image of mode RGB that the caller loaded.
+
+    A snapshot of an image that may change, for a fifth of the time that a copied image takes.
+    """
+    return _read_pil(image, limits, lambda: bytes(image.tobytes()))
+
+
+def _read_pil(image: Image.Image, limits: MediaLimits, read: Callable[[], T]) -> T:
     width, height = image.size
     if width == 0 or height == 0:
         raise MediaDecodeError(f"The image has no pixels ({width}×{height}). Pass an image with content.")
     check_pixels(width, height, limits.max_image_pixels)
     try:
-        return image.convert("RGB")
+        return read()
     except Exception as error:
         raise MediaDecodeError(
             "The PIL image cannot be read (its file is closed, damaged or cut off). Call `image.load()` "

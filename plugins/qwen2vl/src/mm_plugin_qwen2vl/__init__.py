@@ -2,6 +2,7 @@
 
 from mm_core.hookspecs import BuildContext, Checkpoint, Encoder, Fusion, Processor, hookimpl
 from mm_core.types import ModelFamily
+from mm_plugin_qwen2vl.bench import mm_bench as mm_bench
 
 
 @hookimpl
@@ -23,8 +24,9 @@ def mm_processor(family: str, checkpoint: Checkpoint) -> Processor:  # noqa: ARG
 def mm_encoder(family: str, checkpoint: Checkpoint, context: BuildContext) -> Encoder:  # noqa: ARG001
     """The vision tower. The decoder is core's own: its default hook knows the text models."""
     from mm_plugin_qwen2vl.encoder import Qwen2VLEncoder, VisionConfig
+    from mm_plugin_qwen2vl.processor import read_all_settings
 
-    return Qwen2VLEncoder(VisionConfig.from_config(checkpoint.config), context)
+    return Qwen2VLEncoder(VisionConfig.from_config(checkpoint.config), read_all_settings(checkpoint), context)
 
 
 @hookimpl

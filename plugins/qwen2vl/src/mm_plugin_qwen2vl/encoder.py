@@ -7,8 +7,10 @@ patches are merged into one row of the decoder's width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,21 +19,19 @@ from torch.nn import functional as F
 
 from mm_core.errors import ConfigError
 from mm_core.hookspecs import BuildContext, WeightMap
-from mm_core.kernels import rope_pair_, varlen_attention
-from mm_core.layers import GatedMLP, LayerNorm, Linear, RMSNorm, empty_parameter
-from mm_core.types import MediaFeature
-from mm_plugin_qwen2vl.layout import Array, packed_layout
+from mm_core.kernels import quick_gelu_, rope_pair_, varlen_attention
+from mm_core.layers import CapturedPasses, GatedMLP, LayerNorm, Linear, Patchify, RMSNorm, empty_parameter
+from mm_core.types import MediaFeature, Modality
+from mm_plugin_qwen2vl.layout import Array, Grid, packed_layout
+from mm_plugin_qwen2vl.packing import equal_packs, mixed_packs
+from mm_plugin_qwen2vl.processor import Settings
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
+_GRAPHS = 16  # kept captured; they share their memory
+_KEPT_LAYOUTS = 32  # packs whose layout stays on the device: 12 bytes a patch
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), as CLIP has it, written as silu(1.702 x) / 1.702: one pass less. Uses x up."""
-    return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
-
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu_, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,22 @@ class VisionConfig:
 
 
 class Segments(NamedTuple):
-    """Which rows attend to each other: bounds [S + 1] int32, and the longest segment."""
+    """Which rows attend to each other: bounds [S + 1] int32, on the device and on the host, and the
+    longest segment."""
 
     bounds: Tensor
+    host_bounds: tuple[int, ...]
     longest: int
+
+
+class DeviceLayout(NamedTuple):
+    """A pack's `layout.PackedLayout` on the device; order and inverse are None without windows."""
+
+    frames: Segments
+    windows: Segments
+    positions: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
 
 
 class PatchProjection(nn.Module):
@@ -115,9 +127,8 @@ class PatchProjection(nn.Module):
         self.weight = empty_parameter(flat, context.device, context.dtype, checkpoint_shape=kernel)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[patches, channels · temporal · patch²] → [patches, dim], in the weight's dtype and place."""
-        pixels = pixels.to(self.weight.device, non_blocking=True)
-        return F.linear(pixels.to(self.weight.dtype), self.weight)
+        """[patches, channels · temporal · patch²] → [patches, dim]."""
+        return F.linear(pixels, self.weight)
 
 
 class VisionAttention(nn.Module):
@@ -162,7 +173,7 @@ def _norm(config: VisionConfig, context: BuildContext) -> LayerNorm | RMSNorm:
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP; each norm first adds the preceding block's output to the residual."""
 
     def __init__(self, config: VisionConfig, context: BuildContext) -> None:
         super().__init__()
@@ -176,11 +187,13 @@ class VisionBlock(nn.Module):
         else:
             self.mlp = VisionMLP(config, context)
 
-    def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
-        """[patches, dim] → [patches, dim], in place."""
-        x += self.attn(self.norm1(x), segments, cos, sin)
-        x += self.mlp(self.norm2(x))
-        return x
+    def forward(self, x: Tensor | None, residual: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: the previous block's output, not yet in the residual (None before the first block).
+        Returns this block's; `residual` [patches, dim] is updated in place."""
+        x = self.norm1(residual) if x is None else self.norm1.add_(x, residual)
+        x = self.attn(x, segments, cos, sin)
+        out: Tensor = self.mlp(self.norm2.add_(x, residual))
+        return out
 
 
 class VisionMerger(nn.Module):
@@ -197,17 +210,18 @@ class VisionMerger(nn.Module):
             Linear(self.width, config.out, device=device, dtype=dtype),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[patches, dim] → [patches / merge², out]."""
-        rows: Tensor = self.mlp(self.ln_q(x).view(-1, self.width))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The last block's output and the residual, [patches, dim] both → [patches / merge², out]."""
+        rows: Tensor = self.mlp(self.ln_q.add_(x, residual).view(-1, self.width))
         return rows
 
 
 class Qwen2VLEncoder(nn.Module):
     """hookspecs.Encoder of both versions; its cost unit is the patch.
 
-    A feature holds `pixel_values` [patches, channels · temporal · patch²] in merge-group order and
-    info["grid_thw"], its temporal slices, rows and columns of patches.
+    A feature holds `pixels` uint8 [frames, height, width, 3] on the encoder's device and
+    info["grid_thw"], its temporal slices, rows and columns of patches. settings: how the pixels of
+    each modality are normalised.
     """
 
     weight_map = WeightMap(
@@ -217,10 +231,16 @@ class Qwen2VLEncoder(nn.Module):
     )
     inv_freq: Tensor
 
-    def __init__(self, config: VisionConfig, context: BuildContext) -> None:
+    def __init__(self, config: VisionConfig, settings: Mapping[Modality, Settings], context: BuildContext) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = config.out
+        # Modalities with equal settings share one, so that their items go through it together.
+        kinds = {m: (s.layout, s.norm) for m, s in settings.items()}
+        makers = {kind: Patchify(*kind, context.device, context.dtype) for kind in kinds.values()}
+        self._patchify = {modality: makers[kind] for modality, kind in kinds.items()}
+        self._captured = CapturedPasses(_GRAPHS)
+        self._layouts: OrderedDict[tuple[int, tuple[Grid, ...]], DeviceLayout] = OrderedDict()
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(config, context)})  # as checkpoints name it
         self.blocks = nn.ModuleList(VisionBlock(config, context) for _ in range(config.depth))
         self.merger = VisionMerger(config, context)
@@ -229,32 +249,89 @@ class Qwen2VLEncoder(nn.Module):
         inv_freq = 1.0 / (ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float) / half))
         self.register_buffer("inv_freq", inv_freq.to(context.device), persistent=False)
 
+    def use_graphs(self) -> None:
+        """From now on packs that repeat are captured."""
+        self._captured.enabled = True
+
     def cost(self, feature: MediaFeature) -> int:
         """Patches of the item."""
         t, h, w = feature.info["grid_thw"]
         return int(t * h * w)
 
     def forward(self, features: Sequence[MediaFeature]) -> list[Tensor]:
-        """All items in one pass: [num_tokens, hidden_size] each, in order."""
+        """[num_tokens, hidden_size] each, in order. On a GPU, packs of equal items that came before run
+        as CUDA graphs; all others together."""
         if not features:
             return []
-        x = self.patch_embed["proj"](torch.cat([f.tensors["pixel_values"] for f in features]))
-        rows = self._encode(x, [f.info["grid_thw"] for f in features])
-        return list(torch.split(rows, [f.num_tokens for f in features]))
+        if self.inv_freq.device.type != "cuda":
+            return list(self._pass(features, repeated=False))
+        grids = [f.info["grid_thw"] for f in features]
+        rows: dict[int, Tensor] = {}
+        for pack in equal_packs(grids):
+            if self._captured.repeats(tuple(grids[i] for i in pack)):
+                rows.update(zip(pack, self._pass([features[i] for i in pack], repeated=True), strict=True))
+        rest = [i for i in range(len(features)) if i not in rows]
+        for pack in mixed_packs(rest, grids):
+            rows.update(zip(pack, self._pass([features[i] for i in pack], repeated=False), strict=True))
+        return [rows[i] for i in range(len(features))]
 
-    def _encode(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Embedded patches [patches, dim] → rows [patches / merge², out]."""
+    def _pass(self, features: Sequence[MediaFeature], *, repeated: bool) -> Sequence[Tensor]:
+        """Items through the tower together; repeated: as a CUDA graph."""
+        grids = tuple(f.info["grid_thw"] for f in features)
+        layout = self._layout(grids)
+        patches = self._patches(features)
+
+        def run(patches: Tensor) -> Tensor:
+            return self._encode(self.patch_embed["proj"](patches), layout)
+
+        rows = self._captured.run(grids, run, patches) if repeated else run(patches)
+        return torch.split(rows, [f.num_tokens for f in features])
+
+    def _patches(self, features: Sequence[MediaFeature]) -> Tensor:
+        """Normalised patches of all items, in one launch where their settings agree."""
+        device = self.inv_freq.device
+        groups = groupby(features, lambda f: self._patchify[f.modality])
+        parts = [make([f.tensors["pixels"].to(device, non_blocking=True) for f in group]) for make, group in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _encode(self, residual: Tensor, layout: DeviceLayout) -> Tensor:
+        """Embedded patches [patches, dim], which are used up → rows [patches / merge², out]."""
+        config = self.config
+        cos, sin = self._rotation(layout.positions)
+        if layout.order is not None:
+            residual = residual.view(-1, config.merge_size**2, config.dim)[layout.order].view(residual.shape)
+        x: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            segments = layout.frames if index in config.full_blocks else layout.windows
+            x = block(x, residual, segments, cos, sin)
+        assert x is not None, "a tower has at least one block"
+        rows: Tensor = self.merger(x, residual)
+        return rows if layout.inverse is None else rows[layout.inverse]
+
+    def _layout(self, grids: tuple[Grid, ...]) -> DeviceLayout:
+        """The pack's layout on the device; those used last are kept, for the stream they were made on."""
+        device = self.inv_freq.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        found = self._layouts.pop((stream, grids), None)
+        if found is None:
+            found = self._make_layout(grids)
+            if len(self._layouts) >= _KEPT_LAYOUTS:
+                self._layouts.popitem(last=False)
+        self._layouts[stream, grids] = found
+        return found
+
+    def _make_layout(self, grids: tuple[Grid, ...]) -> DeviceLayout:
         config = self.config
         layout = packed_layout(grids, config.merge_size, config.window)
-        frames = Segments(self._to_device(layout.frames), layout.max_frame)
-        windows = Segments(self._to_device(layout.windows), layout.max_window) if config.window else frames
-        cos, sin = self._rotation(self._to_device(layout.positions))
-        if config.window:
-            x = x.view(-1, config.merge_size**2, config.dim)[self._to_device(layout.order)].view(x.shape)
-        for index, block in enumerate(self.blocks):
-            x = block(x, frames if index in config.full_blocks else windows, cos, sin)
-        rows: Tensor = self.merger(x)
-        return rows[self._to_device(layout.inverse)] if config.window else rows
+        frames = self._segments(layout.frames, layout.max_frame)
+        positions = self._to_device(layout.positions)
+        if not config.window:
+            return DeviceLayout(frames, frames, positions, None, None)
+        windows = self._segments(layout.windows, layout.max_window)
+        return DeviceLayout(frames, windows, positions, self._to_device(layout.order), self._to_device(layout.inverse))
+
+    def _segments(self, bounds: Array, longest: int) -> Segments:
+        return Segments(self._to_device(bounds), tuple(bounds.tolist()), longest)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[patches, 2] → cos and sin, each [patches, head_dim / 2] float32: rows' part, columns' part."""
@@ -262,4 +339,6 @@ class Qwen2VLEncoder(nn.Module):
         return angles.cos(), angles.sin()
 
     def _to_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.inv_freq.device, non_blocking=True)
+        """Without waiting, which a copy from pageable memory would."""
+        tensor, device = torch.from_numpy(array), self.inv_freq.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

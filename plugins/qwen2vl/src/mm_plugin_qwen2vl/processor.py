@@ -1,7 +1,8 @@
-"""Qwen2-VL's and Qwen2.5-VL's processor: chat template, settings, and pictures to patches.
+"""Qwen2-VL's and Qwen2.5-VL's processor: chat template, settings, and pictures resized.
 
-Pixel values equal those of transformers' `Qwen2VLImageProcessorPil` bit for bit. Videos take the
-same path frame by frame (transformers' own needs torchvision, whose resize differs by a few levels).
+What the encoder makes of the pixels equals the patches of transformers' `Qwen2VLImageProcessorPil`
+bit for bit. Videos take the same path frame by frame (transformers' own needs torchvision, whose
+resize differs by a few levels).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mm_core.errors import CheckpointError, InvalidParamsError, InvalidPromptError, PluginError
@@ -20,7 +22,6 @@ from mm_core.media import (
     Normalisation,
     PatchLayout,
     VideoSampling,
-    patchify,
     resize_frames,
     resize_image,
     smart_resize,
@@ -85,15 +86,8 @@ class Qwen2VLProcessor:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.tokenizer: Any = checkpoint.tokenizer
-        parts = checkpoint.processor_config
-        image = parts.get("image_processor", {})
-        # transformers reads the image settings where a checkpoint has none for videos.
-        video = parts.get("video_processor") or image
-        self._settings: Mapping[Modality, Settings] = {
-            "image": read_settings(image, "image"),
-            "video": read_settings(video, "video"),
-        }
-        self._sampling = _read_sampling(video, self._settings["video"].layout)
+        self._settings = read_all_settings(checkpoint)
+        self._sampling = _read_sampling(_parts(checkpoint)["video"], self._settings["video"].layout)
         self._template = _chat_template(checkpoint)
         self._ids = {modality: _token_id(self.tokenizer, text) for modality, text in PLACEHOLDERS.items()}
         # Enters every media key, as the checkpoint's identity does not cover its processor settings.
@@ -144,7 +138,7 @@ class Qwen2VLProcessor:
         return json.dumps({"min_pixels": sizes.min_pixels, "max_pixels": sizes.max_pixels}).encode()
 
     def prepare(self, item: MediaItem, variant: bytes) -> MediaFeature:
-        """`pixel_values` float32 [t·h·w, 3·temporal·patch·patch]; info: `grid_thw`, `second_per_grid`.
+        """`pixels` uint8 [frames, height, width, 3], resized; info: `grid_thw` in patches, `second_per_grid`.
 
         Raises MediaDecodeError (code "image_aspect") for extremely elongated pictures.
         """
@@ -154,18 +148,20 @@ class Qwen2VLProcessor:
         if item.modality == "image":
             width, height = item.data.size
             new_height, new_width = smart_resize(height, width, layout.factor, sizes.min_pixels, sizes.max_pixels)
-            frames = resize_image(item.data, new_height, new_width, settings.resample)[None]
+            # A copy that may be written to: torch takes no other.
+            frames = np.array(resize_image(item.data, new_height, new_width, settings.resample))[None]
         else:
             count, height, width = item.data.shape[:3]
             ceiling = _frame_ceiling(sizes, layout, count)
             new_height, new_width = smart_resize(height, width, layout.factor, sizes.min_pixels, ceiling)
-            frames = resize_frames(item.data, new_height, new_width, settings.resample)
-        patches, grid = patchify(frames, layout, settings.norm)
+            resized = resize_frames(item.data, new_height, new_width, settings.resample)
+            frames = resized.copy() if resized is item.data else resized
+        grid = (-(-len(frames) // layout.temporal), new_height // layout.patch, new_width // layout.patch)
         rate = item.info.get("sample_fps")
         return MediaFeature(
             modality=item.modality,
             num_tokens=math.prod(grid) // layout.merge**2,
-            tensors={"pixel_values": torch.from_numpy(patches)},
+            tensors={"pixels": torch.from_numpy(frames)},
             info={"grid_thw": grid, "second_per_grid": layout.temporal / rate if rate else None},
         )
 
@@ -214,6 +210,18 @@ class Qwen2VLProcessor:
         if fps is None and count is None:
             return sampling
         return replace(sampling, fps=fps, num_frames=count, given_frames=True)
+
+
+def _parts(checkpoint: Checkpoint) -> Mapping[Modality, Mapping[str, Any]]:
+    """The processor configuration of each modality: the images' where a checkpoint has none for videos, as
+    in transformers."""
+    image = checkpoint.processor_config.get("image_processor", {})
+    return {"image": image, "video": checkpoint.processor_config.get("video_processor") or image}
+
+
+def read_all_settings(checkpoint: Checkpoint) -> Mapping[Modality, Settings]:
+    """Every modality's settings. Raises CheckpointError where they make no sense."""
+    return {modality: read_settings(part, modality) for modality, part in _parts(checkpoint).items()}
 
 
 def read_settings(part: Mapping[str, Any], modality: Modality) -> Settings:

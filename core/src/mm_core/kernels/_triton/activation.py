@@ -6,13 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mm_core.kernels._triton.launch import can_start_early, launch_options
 
 BLOCK = 1024
 
 
 @triton.jit
-def silu_and_mul_kernel(out_ptr, x_ptr, width, stride_x, BLOCK: tl.constexpr):
+def silu_and_mul_kernel(out_ptr, x_ptr, width, stride_x, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """One program: BLOCK columns of one row."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     used = cols < width
@@ -27,8 +33,17 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """See `mm_core.kernels.silu_and_mul`."""
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    early = can_start_early(x.device)
     if rows and width:
         silu_and_mul_kernel[(rows, triton.cdiv(width, BLOCK))](
-            out, x, width, x.stride(0), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+            out,
+            x,
+            width,
+            x.stride(0),
+            BLOCK=BLOCK,
+            EARLY=early,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **launch_options(early),
         )
     return out

@@ -13,31 +13,17 @@ import triton.language as tl
 
 
 @triton.jit
-def kv_slots(
-    table_ptr,
-    start,
-    kv_len,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Block and offset in it of keys [start, start + BLOCK_N); one block of all keys unless PAGED."""
-    keys = start + tl.arange(0, BLOCK_N)
+def find_blocks(table_ptr, start, kv_len, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr):
+    """Cache blocks of keys [start, start + BLOCK_N), one entry where they lie in one; block 0 unless PAGED."""
     if not PAGED:
         blocks = tl.full([1], 0, tl.int64)
-        offsets = keys
     elif BLOCK_SIZE % BLOCK_N == 0:
-        # The tile lies inside one block: a single table entry.
-        blocks = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64) + tl.full([1], 0, tl.int64)
-        offsets = start % BLOCK_SIZE + tl.arange(0, BLOCK_N)
+        at = start // BLOCK_SIZE + tl.arange(0, 1)
+        blocks = tl.load(table_ptr + at, mask=start + tl.arange(0, 1) < kv_len, other=0).to(tl.int64)
     else:
-        if MASKED:
-            blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < kv_len, other=0).to(tl.int64)
-        else:
-            blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-        offsets = keys % BLOCK_SIZE
-    return blocks, offsets.to(tl.int64)
+        keys = start + tl.arange(0, BLOCK_N)
+        blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < kv_len, other=0).to(tl.int64)
+    return blocks
 
 
 @triton.jit
@@ -84,12 +70,15 @@ def attend(
     HAS_BIAS: tl.constexpr,
     SCALE_LATE: tl.constexpr,  # scale > 0 and no bias: max(s * x) = s * max(x), and s * x - m is one FMA
     MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides lo and BLOCK_N
 ):
     """Adds keys [lo, hi) to the running softmax. Without MASKED every row must see all of them."""
+    # Found one step ahead, so that loads of keys wait for no other load.
+    blocks = find_blocks(table_ptr, lo, kv_len, BLOCK_N, BLOCK_SIZE, PAGED)
     for begin in range(lo, hi, BLOCK_N):
-        start = tl.multiple_of(begin, BLOCK_N)
+        start = tl.multiple_of(begin, ALIGN)
         keys = start + tl.arange(0, BLOCK_N)
-        blocks, offsets = kv_slots(table_ptr, start, kv_len, BLOCK_N, BLOCK_SIZE, PAGED, MASKED)
+        offsets = (keys % BLOCK_SIZE if PAGED else keys).to(tl.int64)
         k = load_rows(k_ptr, blocks * stride_kb + offsets * stride_kt, keys, kv_len, D, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if not SCALE_LATE:
@@ -117,6 +106,45 @@ def attend(
         row_sum = row_sum * fade + tl.sum(weights, 1)
         v = load_rows(v_ptr, blocks * stride_vb + offsets * stride_vt, keys, kv_len, D, BLOCK_D, MASKED)
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+        row_max = new_max
+        blocks = find_blocks(table_ptr, start + BLOCK_N, kv_len, BLOCK_N, BLOCK_SIZE, PAGED)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def split_size(length, num_splits, min_keys, STEP: tl.constexpr):
+    """Keys of one split, a multiple of STEP: as many splits as there are min_keys, evenly long.
+
+    By the true length, not the batch's longest: graphs are captured for the longest there can be.
+    """
+    used = tl.maximum(tl.minimum(num_splits, tl.cdiv(length, min_keys)), 1)
+    return tl.maximum(tl.cdiv(tl.cdiv(length, used), STEP), 1) * STEP
+
+
+@triton.jit
+def log_sum(row_max, row_sum):
+    """Base-2 logarithm of a softmax's sum, -inf for rows without keys."""
+    return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+
+
+@triton.jit
+def add_partials(
+    acc, row_max, row_sum, partial_ptr, lse_ptr, at, count, rows_ok, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Merges finished partial results, with at least one key each, into the running softmax.
+
+    partial_ptr: float32 [.., D], lse_ptr: float32 [..]; row m's lie at at[m] .. at[m] + count - 1.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    for index in range(count):
+        lse = tl.load(lse_ptr + at + index, mask=rows_ok, other=0.0)
+        mask = rows_ok[:, None] & (dims[None, :] < D)
+        part = tl.load(partial_ptr + (at + index)[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        new_max = tl.maximum(row_max, lse)
+        fade = tl.exp2(row_max - new_max)
+        weight = tl.exp2(lse - new_max)
+        acc = acc * fade[:, None] + part * weight[:, None]
+        row_sum = row_sum * fade + weight
         row_max = new_max
     return acc, row_max, row_sum
 

@@ -19,23 +19,27 @@ ROOMY = 224 * 1024
 
 @triton.jit
 def find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
-    """The sequence of a tile, by bisection.
+    """The sequence of a tile.
 
     Sequence s owns the tiles from cu_seqlens[s] // BLOCK_Q + s on: at least as many as it needs, and known
     without reading lengths back from the device. Tiles past its end have nothing to do.
     """
-    low = 0
-    high = num_seqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
+    found = 0
+    for start in range(0, num_seqs, 128):
+        # Many at a time: one load's wait where a bisection has several.
+        seqs = start + tl.arange(0, 128)
+        first = tl.load(cu_seqlens_ptr + seqs, mask=seqs < num_seqs, other=0)
+        found += tl.sum(((first // BLOCK_Q + seqs <= tile) & (seqs < num_seqs)).to(tl.int32), 0)
+    return found - 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_seqs"])
+# Slices of a batch's integers start anywhere, which must not compile the kernel anew.
+INTEGERS = ["table_ptr", "cu_seqlens_ptr", "kv_lens_ptr", "members_ptr", "bounds_ptr", "lens_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "first_tile", "num_seqs"], do_not_specialize_on_alignment=INTEGERS[:3]
+)
 def prefill_kernel(
     out_ptr,
     q_ptr,
@@ -46,6 +50,7 @@ def prefill_kernel(
     kv_lens_ptr,
     bias_ptr,
     num_tiles,
+    first_tile,
     num_seqs,
     num_kv_heads,
     scale,
@@ -84,7 +89,7 @@ def prefill_kernel(
     stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
     kv_head = tl.program_id(0) % num_kv_heads
     # Causal tiles at a sequence's end are the longest: they start first, so none is left alone at the end.
-    tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
+    tile = first_tile + num_tiles - 1 - tl.program_id(0) // num_kv_heads
     seq = find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_Q)
     q_start = tl.load(cu_seqlens_ptr + seq)
     q_len = tl.load(cu_seqlens_ptr + seq + 1) - q_start
@@ -129,12 +134,12 @@ def prefill_kernel(
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
         bias_at, stride_bk, bias_rows, 0, clear, kv_len, positions, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=False,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=False, ALIGN=BLOCK_N,
     )  # fmt: skip
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
         bias_at, stride_bk, bias_rows, clear, hi, kv_len, positions, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=True,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=BLOCK_N,
     )  # fmt: skip
     out_at = out_ptr + (at * stride_ot + heads * stride_oh)[:, None] + dims[None, :]
     tl.store(out_at, finish(acc, row_sum).to(out_ptr.dtype.element_ty), mask=io_mask)
@@ -149,9 +154,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def prefill_tiles(
-    dtype: torch.dtype, head_size: int, rows: int, group: int, *, has_bias: bool, shared_memory: int
-) -> Tiles:
+def prefill_tiles(dtype: torch.dtype, head_size: int, rows: int, group: int, *, shared_memory: int) -> Tiles:
     """Fixed by shape: float32 runs on plain FMAs, whose tiles must stay small; half types on tensor cores.
 
     rows: the longest sequence's, tokens * group. shared_memory: what one program may have, in bytes.
@@ -164,10 +167,7 @@ def prefill_tiles(
         return Tiles(max(64, wide), 32, 4, 2)
     if rows <= 64:
         return Tiles(max(64, wide), 32, 4, 3)
-    if head_size <= 64 or has_bias:
-        # A wider tile of float32 bias would not fit in shared memory beside the keys.
-        return Tiles(max(128, wide), 64, 8, 3)
-    return Tiles(max(128, wide), 128, 8, 3)
+    return Tiles(max(128, wide), 64, 8, 3)
 
 
 def stride_unit(strides: Iterable[int]) -> int:
@@ -189,11 +189,12 @@ def prefill(
     kv_lens: Tensor | None = None,
     bias: Tensor | None = None,
     tiles: Tiles | None = None,
+    first_row: int = 0,
 ) -> None:
     """Writes attention of q [T, Hq, D] to out [T, Hq, D]; rows outside cu_seqlens_q are left as they are.
 
     With block_tables, k and v are caches [num_blocks, block_size, Hkv, D]; without, they are packed as q is,
-    [T, Hkv, D]. `tiles` overrides the choice by shape (benchmarks).
+    [T, Hkv, D]. `tiles` overrides the choice by shape (benchmarks). first_row: cu_seqlens_q[0], where known.
     """
     num_tokens, num_heads, head_size = q.shape
     group = num_heads // k.shape[-2]
@@ -204,11 +205,10 @@ def prefill(
     if q.is_cuda:
         properties: Any = torch.cuda.get_device_properties(q.device)  # torch's stubs lack the attribute
         memory = properties.shared_memory_per_block_optin
-    size = tiles or prefill_tiles(
-        q.dtype, head_size, max_q_len * group, group, has_bias=bias is not None, shared_memory=memory
-    )
+    size = tiles or prefill_tiles(q.dtype, head_size, max_q_len * group, group, shared_memory=memory)
     block_q = size.rows // group
-    num_tiles = num_tokens // block_q + num_seqs
+    first_tile = first_row // block_q
+    num_tiles = num_tokens // block_q - first_tile + num_seqs
     paged = block_tables is not None
     k_strides, v_strides = (x.stride()[:3] if paged else (0, *x.stride()[:2]) for x in (k, v))
     strides = (*out.stride()[:2], *q.stride()[:2], *k_strides, *v_strides)
@@ -218,11 +218,11 @@ def prefill(
         # Pointers that the kernel's flags leave unread still need some tensor.
         out, q, k, v, block_tables if paged else cu_seqlens_q, cu_seqlens_q,
         kv_lens if paged else cu_seqlens_q, q if bias is None else bias,
-        num_tiles, num_seqs, k.shape[-2], scale * LOG2_E,
+        num_tiles, first_tile, num_seqs, k.shape[-2], scale * LOG2_E,
         *(stride // unit for stride in strides),
         0 if block_tables is None else block_tables.stride(0), *bias_strides,
         GROUP=group, D=head_size, BLOCK_M=size.rows, BLOCK_Q=block_q, BLOCK_N=size.keys,
         BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k.shape[1] if paged else 1,
         PAGED=paged, CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0,
-        UNIT=unit,        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
+        UNIT=unit, num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,10 +1,13 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return"
 # ruff: noqa: N803 (Triton constants are upper case)
-"""Rotary embedding of queries and keys in one launch."""
+"""Rotary embedding of queries and keys in one launch, also with the write into the paged cache."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mm_core.kernels._triton.launch import can_start_early, launch_options
 
 HEADS_PER_PROGRAM = 16
 
@@ -19,6 +22,82 @@ def rotate(ptr, heads, num_heads, stride_h, cos, sin, HALF: tl.constexpr, BLOCK_
     second = tl.load(at + HALF, mask=mask).to(tl.float32)
     tl.store(at, (first * cos - second * sin).to(ptr.dtype.element_ty), mask=mask)
     tl.store(at + HALF, (second * cos + first * sin).to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rope_kv_write_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_cos,
+    stride_sin,
+    stride_kcb,
+    stride_kct,
+    stride_kch,
+    stride_vcb,
+    stride_vct,
+    stride_vch,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program: BLOCK_Q heads of q, or all heads of k and v, of one token."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    freqs = tl.arange(0, BLOCK_HALF)
+    turned = freqs < HALF
+    cos = tl.load(cos_ptr + token * stride_cos + freqs, mask=turned)[None, :]
+    sin = tl.load(sin_ptr + token * stride_sin + freqs, mask=turned)[None, :]
+    if part > 0:
+        q_heads = (part - 1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        rotate(q_ptr + token * stride_qt, q_heads, Q_HEADS, stride_qh, cos, sin, HALF, BLOCK_HALF)
+    else:
+        heads = tl.arange(0, BLOCK_K)[:, None]
+        dims = tl.arange(0, BLOCK_D)[None, :]
+        mask = (heads < K_HEADS) & turned[None, :]
+        source = k_ptr + token * stride_kt + heads * stride_kh
+        first = tl.load(source + freqs[None, :], mask=mask).to(tl.float32)
+        second = tl.load(source + HALF + freqs[None, :], mask=mask).to(tl.float32)
+        low = (first * cos - second * sin).to(k_ptr.dtype.element_ty)
+        high = (second * cos + first * sin).to(k_ptr.dtype.element_ty)
+        tl.store(source + freqs[None, :], low, mask=mask)
+        tl.store(source + HALF + freqs[None, :], high, mask=mask)
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if slot >= 0:
+            block = slot // BLOCK_SIZE
+            offset = slot % BLOCK_SIZE
+            dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+            target = k_cache_ptr + block * stride_kcb + offset * stride_kct + heads * stride_kch
+            tl.store(target + freqs[None, :], low.to(dtype), mask=mask)
+            tl.store(target + HALF + freqs[None, :], high.to(dtype), mask=mask)
+            if D > 2 * HALF:
+                rest = (heads < K_HEADS) & (dims >= 2 * HALF) & (dims < D)
+                tl.store(target + dims, tl.load(source + dims, mask=rest).to(dtype), mask=rest)
+            used = (heads < K_HEADS) & (dims < D)
+            v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=used)
+            v_at = v_cache_ptr + block * stride_vcb + offset * stride_vct + heads * stride_vch + dims
+            tl.store(v_at, v.to(v_cache_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -106,3 +185,23 @@ def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_freq
 def rope_pair_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """See `mm_core.kernels.rope_pair_`."""
     _launch(q, k, cos, sin, None, None)
+
+
+def rope_kv_write_(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """See `mm_core.kernels.rope_kv_write_`."""
+    num_tokens, q_heads, head_size = q.shape
+    if num_tokens == 0:
+        return
+    half = cos.shape[1]
+    block_q, warps = rope_launch(q_heads, half)
+    early = can_start_early(q.device)
+    rope_kv_write_kernel[(num_tokens, 1 + triton.cdiv(q_heads, block_q))](
+        q, k, v, cos, sin, k_cache, v_cache, slot_mapping,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        Q_HEADS=q_heads, K_HEADS=k.shape[1], D=head_size, HALF=half, BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_HALF=triton.next_power_of_2(half), BLOCK_Q=block_q, BLOCK_K=triton.next_power_of_2(k.shape[1]),
+        BLOCK_SIZE=k_cache.shape[1], EARLY=early, num_warps=warps, enable_fp_fusion=True, **launch_options(early),
+    )  # fmt: skip

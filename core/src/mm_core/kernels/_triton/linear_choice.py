@@ -1,0 +1,62 @@
+"""Which kernel multiplies few rows by a weight: rules read off measurements on an H100.
+
+Measured with the projections of Qwen2-VL-2B and -7B, Llama-7B and Whisper-large-v3, weights not in the L2
+cache; a kernel of ours is taken where it beats the library by about 2 % or more. Beyond 128 rows it never
+does: the library's kernels share tiles of x between multiprocessors, which Triton cannot.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
+
+from mm_core.kernels._triton.linear import GemvConfig, gemv
+from mm_core.kernels._triton.linear_hopper import HopperConfig, hopper
+
+LEAST_ELEMENTS = 2**20  # of a weight; below, launching is what takes time
+LONG = 100_000  # rows of a weight that is a vocabulary's
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor | None:
+    """x [M, K], weight [N, K] → [M, N] or, gated, [M, N / 2]; None where the library is to do it."""
+    config = choose(x.shape[0], weight.shape[0], weight.shape[1], gated)
+    if config is None or not (aligned(x) and aligned(weight)):
+        return None
+    if isinstance(config, GemvConfig):
+        return gemv(x, weight, bias, config, gated=gated)
+    return hopper(x, weight, bias, config, gated=gated)
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Rows contiguous, and each begins at a multiple of 16 bytes."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
+
+
+@cache
+def choose(rows: int, count: int, width: int, gated: bool) -> GemvConfig | HopperConfig | None:
+    """The kernel for M rows and a weight of [N, K]; None: the library's."""
+    if count * width < LEAST_ELEMENTS or width % 8 or (gated and count % 16):
+        return None
+    return one_row(count, width, gated) if rows == 1 else few_rows(rows, count, width, gated)
+
+
+def one_row(count: int, width: int, gated: bool) -> GemvConfig:
+    """Tiles that leave little of their width unused, and enough programs where there are few rows."""
+    if gated:
+        return GemvConfig(2, 2048, 4) if width % 2048 == 0 else GemvConfig(4, 512, 2)
+    if width < 4096 and 3584 < count <= 8192:
+        return GemvConfig(8, 512, 4)
+    return GemvConfig(4, 512, 2) if width < 2048 and count > 8192 else GemvConfig(2, 2048, 4)
+
+
+def few_rows(rows: int, count: int, width: int, gated: bool) -> HopperConfig | None:
+    """The more rows, the larger the weight must be for its even sharing to matter."""
+    elements = count * width
+    if rows <= 16:
+        return HopperConfig(16, 2, 256, 3) if count > LONG else HopperConfig(16, 1, 256, 5)
+    if rows <= 32 and elements >= 16_000_000:
+        return HopperConfig(32, 2, 128, 5) if count > LONG else HopperConfig(32, 1, 256, 4)
+    if 32 < rows <= 64 and (gated or elements >= 2**26):
+        return HopperConfig(64, 2, 128, 4) if count > LONG else HopperConfig(64, 1, 128, 6)
+    return HopperConfig(128, 2, 128, 3) if 64 < rows <= 128 and elements >= 2**29 else None

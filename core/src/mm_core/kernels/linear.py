@@ -1,0 +1,54 @@
+"""Projections: y = x Wᵀ + b, and the gated pair that opens a feed-forward layer."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_core.kernels.activation import silu_and_mul
+
+MOST_ROWS = 128  # beyond them the library's kernels are the faster ones
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, summed in float32 for 16-bit types and rounded once.
+
+    x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N]. On a Hopper GPU few rows of 16 bits go to the
+    kernel that was measured to be fastest for the sizes, everything else to torch. A row of the result does
+    not depend on the other rows, only on how many there are, which chooses the kernel. Products by one
+    weight must follow each other on a stream.
+    """
+    if x.dtype in _HALF and x.device.type == "cuda" and (y := _measured(x, weight, bias, gated=False)) is not None:
+        return y
+    return F.linear(x, weight, bias)
+
+
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(x Wgᵀ) · (x Wuᵀ), where Wg is the first half of the weight's rows (SwiGLU; Shazeer 2020).
+
+    x: [..., K]; weight: [2 F, K]. Returns [..., F]. Where one kernel does it all (see `linear`), gate and up
+    stay in float32 and the result is rounded once; elsewhere they are rounded before `silu_and_mul`.
+    """
+    if x.dtype in _HALF and x.device.type == "cuda" and (y := _measured(x, weight, None, gated=True)) is not None:
+        return y
+    both = F.linear(x, weight)
+    return silu_and_mul(both.view(-1, weight.shape[0])).view(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _measured(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor | None:
+    """The product by one of our kernels, or None where torch's is the faster one or none of ours fits."""
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    if not 0 < rows <= MOST_ROWS or weight.dtype != x.dtype or not _on_hopper(x.device):
+        return None
+    from mm_core.kernels._triton import linear_choice as impl
+
+    y = impl.run(x.reshape(rows, width), weight, bias, gated=gated)
+    return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+@cache
+def _on_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)

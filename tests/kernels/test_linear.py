@@ -1,0 +1,153 @@
+"""Projections by a few rows: the stream of W for one row, Hopper's stream-K kernel, and the choice between them."""
+
+import itertools
+
+import pytest
+import torch
+from kernels.cases import BACKENDS, CUDA, assert_close, device_of, dtypes_of, randn
+
+from mm_core import kernels
+from mm_core.kernels import reference
+from mm_core.kernels.linear import MOST_ROWS
+from mm_core.layers import GatedMLP, Linear
+
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
+hopper_only = pytest.mark.skipif(not HOPPER, reason="the kernel is written for the tensor cores of sm_90")
+# (weight rows, columns): whole tiles, and neither a multiple of any tile
+SIZES = [(256, 1024), (200, 1000)]
+# Weights as large as those of models, so that the choice is not the library: (rows, columns, gated)
+MODELS = [(4608, 3584, False), (3584, 18944, False), (37888, 3584, True), (152064, 3584, False), (1808, 5000, True)]
+
+
+def operands(rows, count, width, *, seed, device, dtype, bias=True):
+    """x [rows, width] as part of a wider tensor, a weight whose products are of order 1, a bias."""
+    x = randn(rows, width + 8, seed=seed, device=device, dtype=dtype)[:, :width]
+    weight = randn(count, width, seed=seed + 1, device=device, dtype=torch.float32).mul_(width**-0.5).to(dtype)
+    return x, weight, randn(count, seed=seed + 2, device=device, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_on_this_machine(rows, size):
+    device = device_of("cpu")
+    for dtype in dtypes_of("cpu"):
+        x, weight, bias = operands(rows, *size, seed=1, device=device, dtype=dtype)
+        assert_close(kernels.linear(x, weight, bias), reference.linear(x, weight, bias))
+        assert_close(kernels.linear(x[None], weight)[0], reference.linear(x, weight))
+        assert_close(kernels.gated_linear(x, weight), reference.gated_linear(x, weight))
+        assert kernels.gated_linear(x[None], weight).shape == (1, rows, size[0] // 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("blocks", [(16, 512, 4), (64, 1024, 8)], ids=str)
+def test_one_row_triton(backend, size, gated, blocks):
+    device = device_of(backend)
+    from mm_core.kernels._triton.linear import GemvConfig, gemv
+
+    for dtype in dtypes_of(backend):
+        x, weight, bias = operands(1, *size, seed=2, device=device, dtype=dtype)
+        if gated:
+            assert_close(gemv(x, weight, None, GemvConfig(*blocks), gated=True), reference.gated_linear(x, weight))
+            continue
+        for added in (None, bias):
+            out = gemv(x, weight, added, GemvConfig(*blocks))
+            assert_close(out, reference.linear(x, weight, added))
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 50, 64, 130, 256])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_stream_k(rows, groups, gated):
+    """Tiles cut in two or many, tiles beyond the last row, column and feature; twice, since it counts parts."""
+    from mm_core.kernels._triton.linear_hopper import HopperConfig, counters, hopper
+
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    config = HopperConfig(block_m, groups, 64, 3)
+    for count, width in ((224, 9968), (1632, 2608), (40000, 272)):
+        for dtype in (torch.float16, torch.bfloat16):
+            x, weight, bias = operands(rows, count, width, seed=3, device=torch.device("cuda"), dtype=dtype)
+            torch.cuda.synchronize()  # the kernel may read W before the one that wrote it is done
+            expected = reference.gated_linear(x, weight) if gated else reference.linear(x, weight, bias)
+            first = hopper(x, weight, None if gated else bias, config, gated=gated)
+            again = hopper(x, weight, None if gated else bias, config, gated=gated)
+            assert_close(first, expected)
+            assert torch.equal(first, again)
+            assert not counters(weight).any()
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def projection(request):
+    """A model's weight and bias on the GPU, and whether it is a gated pair."""
+    count, width, gated = request.param
+    generator = torch.Generator(device="cuda").manual_seed(4)
+    weight = torch.randn(count, width, device="cuda", dtype=torch.bfloat16, generator=generator).mul_(width**-0.5)
+    bias = torch.randn(count, device="cuda", dtype=torch.bfloat16, generator=generator)
+    torch.cuda.synchronize()  # the kernels may read a weight before the one that wrote it is done
+    return weight, bias, gated
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 16, 32, 33, 64, 65, 128, 129])
+def test_chosen_kernels(projection, rows):
+    """What `linear` takes, also inside a CUDA graph, and with its rows in other company."""
+    weight, bias, gated = projection
+    x = randn(rows, weight.shape[1], seed=5, device=weight.device, dtype=weight.dtype)
+
+    def run(x):
+        return kernels.gated_linear(x, weight) if gated else kernels.linear(x, weight, bias)
+
+    expected = reference.gated_linear(x, weight) if gated else reference.linear(x, weight, bias)
+    found = run(x)
+    assert_close(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(x)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, found)
+    if rows > 1:
+        others = x.clone()
+        others[1:] = float("inf")
+        assert torch.equal(run(others)[0], found[0])
+
+
+def test_choice_fits():
+    """Every choice is launchable: shared memory, registers' worth of sums, aligned features."""
+    pytest.importorskip("triton.experimental.gluon")
+    from mm_core.kernels._triton.linear import GemvConfig
+    from mm_core.kernels._triton.linear_choice import choose
+    from mm_core.kernels._triton.linear_hopper import HopperConfig
+
+    seen = set()
+    sizes = [(c, w, g) for c, w, g in MODELS] + [(3584, 3584, False), (22016, 4096, True), (51866, 1280, False)]
+    for (count, width, gated), rows in itertools.product(sizes, range(1, MOST_ROWS + 1)):
+        config = choose(rows, count, width, gated)
+        seen.add(config)
+        if isinstance(config, GemvConfig):
+            assert rows == 1
+        elif isinstance(config, HopperConfig):
+            stage = (config.block_m + 64 * config.groups) * config.block_k * 2
+            assert stage * config.num_stages + 2048 <= 227 * 1024
+            assert rows <= config.block_m
+            assert config.groups in (1, 2)
+    assert len(seen) > 5
+    assert choose(8, 64, 64, False) is None
+    assert choose(8, 37880, 3584, True) is None, "features do not come in eights"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers(bias):
+    """Linear and GatedMLP are the ops, with and without a bias."""
+    layer, mlp = Linear(24, 40, bias=bias), GatedMLP(24, 48, bias=bias)
+    for seed, param in enumerate((*layer.parameters(), *mlp.parameters())):
+        param.copy_(randn(*param.shape, seed=seed, device=param.device, dtype=param.dtype))
+    x = randn(5, 24, seed=9, device=torch.device("cpu"), dtype=torch.float32)
+    assert_close(layer(x), reference.linear(x, layer.weight, layer.bias))
+    hidden = reference.linear(x, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias)
+    down = reference.linear(reference.silu_and_mul(hidden), mlp.down_proj.weight, mlp.down_proj.bias)
+    assert_close(mlp(x), down)
