@@ -1,0 +1,1 @@
+"""Named workloads, their runs against an engine, and reports. Behind `mm bench`."""

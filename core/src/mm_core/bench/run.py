@@ -1,0 +1,258 @@
+"""Running requests against one engine, and what is measured of them."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mm_core.bench.analysis import Facts, Measured, check_counts, difference, ideal_reuse, summarise, without_tensors
+from mm_core.bench.device import MeasuredCeilings, measure_ceilings
+from mm_core.bench.models import family_of, place_model
+from mm_core.bench.timeline import clipped
+from mm_core.bench.work import DecoderSize
+from mm_core.bench.workloads import BenchRequest, PromptMaker, Workload, make_requests, resized
+from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.engine import Engine
+from mm_core.engine.frontend import Frontend
+from mm_core.errors import ConfigError
+from mm_core.hookspecs import BenchFamily
+from mm_core.plugins import PluginRegistry
+from mm_core.runner.runner import resolve_device
+from mm_core.tracing import Span
+from mm_core.types import PreparedRequest, RequestOutput
+
+# A warm-up fills a step of prefill and goes on to decode: what is compiled or chosen by shape is there then.
+WARMUP_PROMPT_TOKENS = 12288
+WARMUP_REQUESTS = range(4, 65)
+WARMUP_TOKENS = 8
+LATENCY_WARMUP = 3
+PREPARED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a session is made of: the model, the engine's own settings, and the caller's sizes."""
+
+    model: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    warmup: bool = True
+    requests: int | None = None
+    output_tokens: int | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's figures, and its spans for a timeline."""
+
+    name: str
+    figures: dict[str, Any]
+    spans: list[Span]
+    start_ns: int
+
+
+class Session:
+    """One engine on which workloads are run one after another.
+
+    measured: the device's ceilings. startup_s: seconds from the call to an engine that is ready.
+    """
+
+    measured: MeasuredCeilings
+    startup_s: float
+    frontend: Frontend
+    engine: Engine
+    family: BenchFamily | None
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._stack = ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self) -> None:
+        """Place the model, measure the device while it is empty, and start the engine."""
+        chosen = {"record_timeline": True, "show_progress": sys.stderr.isatty(), **self.settings.engine}
+        config = EngineConfig(**chosen)
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mm-bench-")))
+        registry = PluginRegistry()
+        path = place_model(self.settings.model, config.load_format, registry, folder)
+        self.measured = measure_ceilings(str(resolve_device(config)), config.dtype)
+        begin = time.perf_counter()
+        self.frontend = Frontend(path, config, None)
+        self.startup_s = time.perf_counter() - begin
+        self.engine = Engine(self.frontend)
+        self._stack.callback(self.engine.close)
+        self.family = family_of(registry, self.frontend.model.checkpoint.architectures)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # -- what is run -----------------------------------------------------------------------
+
+    def workload(self, workload: Workload, *, one_by_one: bool = False) -> Result:
+        """Run a named workload. Raises ConfigError where the model cannot have its token counts."""
+        given = self.settings
+        workload = resized(workload, given.requests, given.output_tokens, given.image_size)
+        if one_by_one or workload.one_by_one:
+            return self._latency(workload)
+        maker, rows = self._maker(workload)
+        self._warm_up(workload, maker, rows)
+        self.engine.clear_cache()
+        before: list[BenchRequest] = []
+        if workload.media_of is not None:
+            before = self._priming(workload, maker, rows)
+            self._generate(before)
+        requests = make_requests(workload, maker, given.seed, rows, first=len(before))
+        measured = self._measure(lambda: self._generate(requests))
+        check_counts(workload.name, requests, measured.outputs)
+        figures = self._figures(measured, requests, before)
+        return self._result(workload.name, "throughput", measured, {"definition": asdict(workload), **figures})
+
+    def dataset(self, name: str, requests: Sequence[BenchRequest], *, one_by_one: bool = False) -> Result:
+        """Run requests from a file, all at once or one by one."""
+        if self.settings.warmup:
+            self._generate([replace(requests[0], output_tokens=WARMUP_TOKENS)])
+        self.engine.clear_cache()
+        call = self._one_by_one if one_by_one else self._generate
+        measured = self._measure(lambda: call(requests))
+        kind = "latency" if one_by_one else "throughput"
+        figures = self._figures(measured, requests, together=not one_by_one)
+        return self._result(name, kind, measured, {"definition": {"requests": len(requests)}, **figures})
+
+    def _latency(self, workload: Workload) -> Result:
+        """First tokens from requests of one output token, then tokens after the first from full
+        answers; every request has its own image."""
+        maker, rows = self._maker(workload)
+        count = workload.requests
+        everything = replace(workload, requests=2 * count, images=2 * count if workload.images else 0)
+        requests = make_requests(everything, maker, self.settings.seed, rows)
+        firsts = [replace(r, output_tokens=1) for r in requests[:count]]
+        self._warm_up(workload, maker, rows, LATENCY_WARMUP)
+        self.engine.clear_cache()
+        first = self._measure(lambda: self._one_by_one(firsts))
+        check_counts(workload.name, firsts, first.outputs)
+        full = self._measure(lambda: self._one_by_one(requests[count:]))
+        check_counts(workload.name, requests[count:], full.outputs)
+        figures = self._figures(full, requests[count:], together=False)
+        single = self._figures(first, firsts, together=False)
+        figures["ttft_ms"] = single["ttft_ms"]
+        figures["ttft_floor_ms"] = {p: s * 1e3 / count for p, s in (single.get("floor_s") or {}).items()}
+        figures["one_token"] = {key: single[key] for key in ("seconds", "phases", "timeline") if key in single}
+        return self._result(workload.name, "latency", full, {"definition": asdict(workload), **figures})
+
+    # -- its parts -------------------------------------------------------------------------
+
+    def _maker(self, workload: Workload) -> tuple[PromptMaker, int]:
+        """The prompt maker, and the rows that this model makes of one of the workload's images."""
+        if self.family is None:
+            raise ConfigError(
+                f"The plugin of family {self.frontend.model.family!r} has no mm_bench hook, so named workloads have no "
+                "prompt for it. Use --dataset FILE."
+            )
+        processor = self.frontend.model.processor
+        maker = PromptMaker.of(processor, self.family.prompt, media=workload.images > 0)
+        if not workload.images:
+            return maker, 0
+        probe = make_requests(replace(workload, name="probe", media_of=None, requests=1, images=1), maker, 0, 0)
+        rows = sum(r.feature.num_tokens for r in self._prepared(probe)[0].ranges)
+        if workload.rows is not None and rows != workload.rows:
+            raise ConfigError(
+                f"Workload {workload.name!r} has {workload.rows} rows an image of {workload.image_size}×"
+                f"{workload.image_size}; this model makes {rows}. Its figures would compare with nobody's. Pass "
+                f"--image-size {workload.image_size} to measure it all the same, or another size."
+            )
+        return maker, rows
+
+    def _prepared(self, requests: Sequence[BenchRequest]) -> list[PreparedRequest]:
+        """The requests as the scheduler gets them, without their pixels, off the clock; some at a time,
+        for prepared media take memory."""
+        found: list[PreparedRequest] = []
+        for start in range(0, len(requests), PREPARED_AT_ONCE):
+            part = requests[start : start + PREPARED_AT_ONCE]
+            pending = [self.frontend.pipeline.submit("bench", r.prompt) for r in part]
+            found += [without_tensors(p.result()) for p in pending]
+        return found
+
+    def _priming(self, workload: Workload, maker: PromptMaker, rows: int) -> list[BenchRequest]:
+        earlier = replace(workload, name=workload.media_name, media_of=None)
+        return make_requests(earlier, maker, self.settings.seed, rows)
+
+    def _warm_up(self, workload: Workload, maker: PromptMaker, rows: int, count: int | None = None) -> None:
+        """Run `count` requests of a workload's shape with other images; one by one where a count is given."""
+        if not self.settings.warmup:
+            return
+        call = self._generate if count is None else self._one_by_one
+        if count is None:
+            fitting = WARMUP_PROMPT_TOKENS // (workload.shared + workload.own + rows)
+            count = min(workload.requests, max(WARMUP_REQUESTS.start, min(WARMUP_REQUESTS.stop - 1, fitting)))
+        small = replace(
+            workload,
+            name=f"warm-up {workload.name}",
+            media_of=None,
+            requests=count,
+            images=min(count, workload.images),
+            output_tokens=min(WARMUP_TOKENS, workload.output_tokens),
+        )
+        call(make_requests(small, maker, self.settings.seed, rows))
+
+    def _generate(self, requests: Sequence[BenchRequest]) -> list[RequestOutput]:
+        params = [SamplingParams(max_tokens=r.output_tokens, temperature=0.0, ignore_eos=True) for r in requests]
+        return self.engine.generate([r.prompt for r in requests], params)
+
+    def _one_by_one(self, requests: Iterable[BenchRequest]) -> list[RequestOutput]:
+        return [self._generate([request])[0] for request in requests]
+
+    def _measure(self, call: Callable[[], list[RequestOutput]]) -> Measured:
+        recording = self.frontend.config.record_timeline
+        if recording:
+            self.engine.timeline()
+        before = self.engine.stats()
+        start = time.perf_counter_ns()
+        outputs = call()
+        end = time.perf_counter_ns()
+        self.engine.wait_idle()
+        after = self.engine.stats()
+        spans = self.engine.timeline() if recording else []
+        return Measured(start, end, outputs, spans, difference(before, after))
+
+    def _figures(
+        self,
+        measured: Measured,
+        requests: Sequence[BenchRequest],
+        before: Sequence[BenchRequest] = (),
+        together: bool = True,
+    ) -> dict[str, Any]:
+        """Everything a report says of one run."""
+        model, config = self.frontend.model, self.frontend.config
+        prepared, primed = self._prepared(requests), self._prepared(before)
+        outputs = [r.output_tokens for r in requests]
+        asked = ideal_reuse(prepared, primed, outputs, config.kv_cache_config.block_size)
+        facts = Facts(
+            decoder=DecoderSize.from_text_config(model.checkpoint.text_config, model.dtype.itemsize),
+            config=model.checkpoint.config,
+            family=self.family,
+            ceilings=self.measured.ceilings,
+            max_num_seqs=config.max_num_seqs,
+            together=together,
+        )
+        return summarise(facts, measured, asked)
+
+    def _result(self, name: str, kind: str, measured: Measured, figures: dict[str, Any]) -> Result:
+        spans = clipped(measured.spans, measured.start_ns, measured.end_ns)
+        return Result(name, {"workload": name, "kind": kind, **figures}, spans, measured.start_ns)

@@ -1,0 +1,173 @@
+"""`mm bench`: measure throughput and latency of named workloads or of a file of requests."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_core.errors import ConfigError
+from mm_core.zoo import default_model
+
+if TYPE_CHECKING:
+    from mm_core.bench.run import Result, Session
+
+_WORKLOADS = "image-distinct, image-reuse, image-reuse-warm, image-large, text, latency"
+_EPILOG = """\
+workloads (prompt tokens -> output tokens):
+  image-distinct    256 requests at once, a different 448x448 noise image each   294 -> 128
+  image-reuse       256 requests at once on 16 images, a question each           294 -> 128
+  image-reuse-warm  other questions on the images of image-reuse, run before     294 -> 128
+  image-large       32 requests at once, a different 1344x1344 image each       2342 -> 64
+  text              256 requests at once, no media                                36 -> 256
+  latency           one request at a time, an image each           294 -> 1, then 294 -> 129
+
+examples:
+  mm bench throughput --model qwen2-vl-7b --load-format dummy --workload image-distinct,text --json out.json
+  mm bench latency --model ./my-checkpoint --report report/
+  mm bench throughput --model ./my-checkpoint --dataset requests.jsonl --num-requests 64
+"""
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mm bench`."""
+    parser.description = (
+        "Run a workload on one engine and print rates, latencies, reuse, and each phase beside the floor that the "
+        "device's own measured ceilings set. Images are made before the clock starts; preprocessing runs inside it."
+    )
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("mode", choices=("throughput", "latency"), help="requests all at once, or one at a time")
+    what = parser.add_argument_group("what is run")
+    what.add_argument("--model", metavar="NAME", help="directory, hub id, or a built-in size such as qwen2-vl-7b")
+    what.add_argument("--revision", help="branch, tag or commit of a hub id")
+    formats = ("safetensors", "dummy")
+    what.add_argument("--load-format", default="safetensors", choices=formats, help="dummy: random weights")
+    what.add_argument("--workload", metavar="NAMES", help=f"comma list of {_WORKLOADS}; or all")
+    entry = 'JSON lines, or a list, of {"prompt", "media": [paths], "output_tokens"}'
+    what.add_argument("--dataset", type=Path, metavar="FILE", help=entry)
+    what.add_argument("--num-requests", type=_positive, metavar="N", help="requests taken of the dataset")
+    what.add_argument("--requests", type=_positive, metavar="N", help="instead of the workload's number")
+    what.add_argument("--output-tokens", type=_positive, metavar="N", help="instead of the workload's number")
+    what.add_argument("--image-size", type=_positive, metavar="PIXELS", help="instead of the workload's")
+    what.add_argument("--seed", type=int, default=0, help="of the noise images (default 0)")
+    what.add_argument("--no-warmup", action="store_true", help="clock the very first requests too")
+    _add_engine_arguments(parser.add_argument_group("engine"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    output.add_argument("--report", type=Path, metavar="DIR", help="write timelines (Chrome traces) and plots")
+    output.add_argument("--no-timeline", action="store_true", help="record no spans: no busy fraction, no phases")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def _add_engine_arguments(engine: Any) -> None:
+    engine.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:0"')
+    engine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    engine.add_argument("--max-num-seqs", type=_positive, metavar="N")
+    engine.add_argument("--max-num-batched-tokens", type=_positive, metavar="N")
+    engine.add_argument("--max-model-len", type=_positive, metavar="N")
+    engine.add_argument("--no-overlap", action="store_true", help="schedule each step after the one before it")
+    engine.add_argument("--no-cuda-graphs", action="store_true", help="launch decode steps kernel by kernel")
+    engine.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of EngineConfig (JSON value)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return value
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run what is asked for and print it; results that are done are kept where a later one fails."""
+    if arguments.dataset is not None and arguments.workload is not None:
+        arguments.usage_error("--dataset and --workload exclude each other")
+    if arguments.num_requests is not None and arguments.dataset is None:
+        arguments.usage_error("--num-requests belongs to --dataset; for a workload use --requests")
+    from mm_core.bench import report
+    from mm_core.bench.dataset import read_dataset
+    from mm_core.bench.device import environment
+    from mm_core.bench.run import Session, Settings
+    from mm_core.bench.workloads import select
+
+    one_by_one = arguments.mode == "latency"
+    workloads = select(arguments.workload or ("latency" if one_by_one else "image-distinct"))
+    entries = None
+    if arguments.dataset is not None:
+        entries = read_dataset(arguments.dataset, arguments.num_requests, arguments.output_tokens)
+    settings = Settings(
+        model=arguments.model or str(default_model()),
+        engine=_engine_options(arguments),
+        seed=arguments.seed,
+        warmup=not arguments.no_warmup,
+        requests=arguments.requests,
+        output_tokens=arguments.output_tokens,
+        image_size=arguments.image_size,
+    )
+    with Session(settings) as session:
+        facts = environment(session.frontend.config.device)
+        print(report.startup_text(report.document(session, facts, [])), flush=True)
+        done: list[Result] = []
+        try:
+            if entries is not None:
+                result = session.dataset(arguments.dataset.stem, entries, one_by_one=one_by_one)
+                _finish(session, result, done, arguments)
+            for workload in workloads if entries is None else ():
+                _finish(session, session.workload(workload, one_by_one=one_by_one), done, arguments)
+        finally:
+            if arguments.json is not None and done:
+                report.write_json(report.document(session, facts, done), arguments.json)
+    return 0
+
+
+def _finish(session: Session, result: Result, done: list[Result], arguments: argparse.Namespace) -> None:
+    """Print a result, and write its files."""
+    from mm_core.bench import report
+
+    print(f"\n{report.result_text(result.figures)}", flush=True)
+    done.append(result)
+    if arguments.report is not None:
+        for line in report.write_report(result, Path(session.settings.model).name, arguments.report):
+            print(f"  {line}", file=sys.stderr if line.startswith("no plot") else sys.stdout)
+
+
+def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig that the arguments name."""
+    options: dict[str, Any] = {
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "load_format": arguments.load_format,
+        "record_timeline": not arguments.no_timeline,
+    }
+    for name in ("revision", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        if (value := getattr(arguments, name)) is not None:
+            options[name] = value
+    if arguments.no_overlap:
+        options["overlap"] = False
+    if arguments.no_cuda_graphs:
+        options["cuda_graphs"] = False
+    return options | _more_options(arguments.set)
+
+
+def _more_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """`--set FIELD=VALUE`; fields of the KV cache are spelt kv_cache_config.FIELD."""
+    from mm_core.config import KvCacheConfig
+
+    options: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: want FIELD=VALUE, for example --set preprocess_threads=12.")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        target = cache if name.startswith("kv_cache_config.") else options
+        target[name.removeprefix("kv_cache_config.")] = parsed
+    return options | ({"kv_cache_config": KvCacheConfig(**cache)} if cache else {})
