@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,48 @@ def test_stats_has_the_documented_keys(engine: Engine) -> None:
     assert stats["running"] == stats["waiting"] == 0
     assert stats["steps"] > 0
     assert stats["generated_tokens"] > 0
+
+
+def test_metrics_tell_when_it_happened(engine: Engine) -> None:
+    before = time.perf_counter()
+    outputs = engine.generate([ask(picture(8)), TEXT], LONG)
+    after = time.perf_counter()
+    for output in outputs:
+        told = output.metrics
+        assert told is not None
+        assert told.prepared is not None
+        assert told.first_token is not None
+        assert told.last_token is not None
+        assert before <= told.arrival <= told.prepared <= told.first_token < told.last_token <= after
+        assert told.token_times is None
+    *early, last = engine.stream(TEXT, LONG)
+    assert len({o.metrics.last_token for o in [*early, last] if o.metrics}) == len(last.token_ids)
+    assert replace(last, metrics=None) == last, "times are no part of an answer"
+    with pytest.raises(ConfigError, match="record_timeline"):
+        engine.timeline()
+
+
+def test_timeline(tiny_path: Path) -> None:
+    kv = KvCacheConfig(num_blocks=64)
+    with Engine.from_pretrained(tiny_path, kv_cache_config=kv, record_timeline=True, show_progress=False) as engine:
+        (output,) = engine.generate(ask(picture(9)), SamplingParams(n=2, max_tokens=5, temperature=0, ignore_eos=True))
+        told = output.metrics
+        assert told is not None
+        assert told.token_times is not None
+        assert len(told.token_times) == 5
+        assert told.token_times[0] == told.first_token
+        assert told.last_token is not None
+        assert told.token_times[-1] <= told.last_token, "the second answer may end later"
+        assert list(told.token_times) == sorted(told.token_times)
+        spans = engine.timeline()
+        prepared = [s for s in spans if s.track == "preprocess 0"]
+        assert all(s.args == {"request_id": output.request_id, "media": 1} for s in prepared)
+        assert [s.args for s in spans if s.track == "preprocess 1"] == [{"part": "prepare"}]
+        assert {s.name for s in spans if s.track.startswith("preprocess")} == {"preprocess"}
+        assert told.prepared is not None
+        assert told.arrival <= prepared[0].start_ns / 1e9
+        assert prepared[-1].end_ns / 1e9 <= told.prepared
+        assert engine.timeline() == [], "taken once"
 
 
 # -- sampling --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from support.pictures import frames, picture
 
 from mm_core import Engine, KvCacheConfig, RequestOutput, TextPrompt
 from mm_core.errors import InvalidPromptError, MediaDecodeError, MediaNotCachedError, RequestError
+from mm_core.hashing import get_hasher
+from mm_core.scheduler.sequence import Sequence
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -179,9 +181,9 @@ def test_d4_d5_unknown_names_of_any_kind_get_one_reply(engine: Engine) -> None:
 
 
 def test_d4_evicted_content_is_not_cached(tiny_path: Path) -> None:
-    """One picture of 12 tokens is 12·4 patches of 1176 floats; the cache here holds one of them."""
+    """A picture is 112 × 84 × 3 bytes; the cache here holds one of them."""
     kv = KvCacheConfig(num_blocks=64)
-    options: dict[str, Any] = {"kv_cache_config": kv, "processor_cache_size": 300_000, "show_progress": False}
+    options: dict[str, Any] = {"kv_cache_config": kv, "processor_cache_size": 40_000, "show_progress": False}
     with Engine.from_pretrained(tiny_path, **options) as engine:
         first = answer(engine, ask(picture(26), uuid="a"))
         assert answer(engine, ask(uuid="a")).token_ids == first.token_ids
@@ -212,8 +214,8 @@ def test_d6_the_longest_name_is_fine_and_a_digest_is_no_name(engine: Engine) -> 
     name = "Az09_.:-" * 16
     first = answer(engine, ask(picture(28), uuid=name))
     assert answer(engine, ask(uuid=name)).token_ids == first.token_ids
-    item = engine._frontend.pipeline._fetcher.fetch("image", picture(28)).item
-    keys = [k.hex() for k in engine._frontend.pipeline._cache._features]
+    item = engine._frontend.pipeline._media.fetcher.fetch("image", picture(28)).item
+    keys = [k.hex() for k in engine._frontend.pipeline._media.cache._features]
     assert len(keys) > 0
     for digest in (item.digest.hex(), *keys):
         with pytest.raises(MediaNotCachedError):
@@ -315,3 +317,19 @@ def test_odd_salts_are_refused(engine: Engine, salt: Any) -> None:
     assert (caught.value.code, caught.value.param) == ("invalid_prompt", "cache_salt")
     check_message(caught.value)
     settle(engine)
+
+
+def test_keys_computed_with_the_prompt_are_the_schedulers_own(engine: Engine) -> None:
+    """A picture, its M-RoPE positions and a salt: all that enters a block's key."""
+    pipeline, size = engine._frontend.pipeline, KvCacheConfig().block_size
+    prompt = ask(picture(29), "Describe this image. " * 20, cache_salt="s")
+    request = pipeline.submit("r", prompt, GREEDY).result(10)
+    count = len(request.token_ids) // size
+    assert len(request.block_keys) == count > 3
+    early, late = Sequence(0, request), Sequence(1, replace(request, block_keys=()))
+    hasher = get_hasher("xxh3_128")
+    for upto in (2, count):
+        assert early.fill_contents(upto, size, hasher) == late.fill_contents(upto, size, hasher)
+    assert tuple(c.key for c in late.contents) == request.block_keys
+    other = Sequence(2, replace(request, block_size=2 * size))
+    assert other.fill_contents(count, size, hasher) == late.contents, "keys for other blocks are not used"

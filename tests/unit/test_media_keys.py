@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_core.hashing import HashAlgorithm, encode_fields, get_hasher, media_key
+from mm_core.hashing import (
+    ROOT,
+    HashAlgorithm,
+    block_key,
+    encode_fields,
+    get_hasher,
+    media_digest,
+    media_key,
+    prompt_block_keys,
+)
 from mm_core.inputs.fetch import Fetcher
 from mm_core.media import MediaLimits
 
@@ -115,3 +124,45 @@ def test_keys_are_the_same_in_every_process() -> None:
         found.add(done.stdout)
     assert len(found) == 1
     assert len(found.pop().strip()) == 32
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_128", "sha256"])
+def test_a_digest_does_not_depend_on_how_the_content_is_held(algorithm: HashAlgorithm) -> None:
+    hasher = get_hasher(algorithm)
+    pixels = np.random.default_rng(3).integers(0, 256, (2, 3, 4), dtype=np.uint8)
+    wanted = hasher(encode_fields(("video", 1, "uint8", 2)) + pixels.tobytes())
+    turned = np.asfortranarray(pixels)
+    assert not turned.data.c_contiguous
+    for data in (pixels.data, turned.data):
+        assert media_digest(hasher, "video", ("uint8",), data) == wanted
+
+
+RANGES: list[list[tuple[bytes, int, int]]] = [
+    [],
+    [(b"a" * 16, 18, 274)],
+    [(b"a" * 16, 0, 16), (b"b" * 16, 16, 17), (b"c" * 16, 17, 17), (b"d" * 16, 30, 200)],
+]
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_128", "sha256"])
+@pytest.mark.parametrize("media", RANGES)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_keys_of_a_prompt_are_those_of_its_blocks(
+    algorithm: HashAlgorithm, media: list[tuple[bytes, int, int]], block_size: int
+) -> None:
+    hasher, rng = get_hasher(algorithm), np.random.default_rng(4)
+    ids = rng.integers(0, 150_000, 299).tolist()
+    shifted = np.tile(np.arange(299, dtype=np.int32), (3, 1))
+    shifted[1:, 40:] -= 5
+    for positions in (None, shifted[:, :299], np.tile(np.arange(299, dtype=np.int32), (2, 1))):
+        wanted, parent = [], ROOT
+        for start in range(0, 299 - block_size + 1, block_size):
+            end = start + block_size
+            touched = [(k, max(start - at, 0)) for k, at, last in media if at < end and last > start]
+            place = b""
+            if positions is not None and (positions[:, start:end] != np.arange(start, end)).any():
+                place = positions[:, start:end].tobytes()
+            parent = block_key(hasher, parent, ids[start:end], touched, b"salt", place)
+            wanted.append(parent)
+        assert prompt_block_keys(hasher, block_size, ids, media, b"salt", positions) == tuple(wanted)
+    assert prompt_block_keys(hasher, block_size, ids[: block_size - 1], media, b"salt") == ()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mm_core.config import SamplingParams
-from mm_core.engine.output import Detokenizer, RequestText, StopMatcher
+from mm_core.engine.output import Detokenizer, RequestText, StopMatcher, WholeTexts
 from mm_core.types import Logprob, PreparedRequest, RequestOutput, Usage
 
 TEXT = "Hello, wörld! 你好世界 👩\u200d👩\u200d👧 é e\u0301 ñ 🇩🇪 한국어  two  spaces\n\tend 𝔘𝔫𝔦 �ok."
@@ -309,6 +309,80 @@ def test_logprobs_are_decoded_and_summed() -> None:
     without.update(0, [a], [], None, None)
     assert without.output(Usage()).outputs[0].logprobs is None
     assert without.output(Usage()).outputs[0].cumulative_logprob is None
+
+
+# --- text that nobody waits for -------------------------------------------------------------------
+
+
+def at_end(tokenizer: Any = BYTE_LEVEL, **params: Any) -> RequestText:
+    return RequestText(request(**params), tokenizer, lambda text, ids: text + "|", stream=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, EOS + 2), min_size=1, max_size=40), st.booleans(), st.booleans(), st.booleans())
+def test_text_decoded_at_the_end_is_the_streamed_one(ids: list[int], skip: bool, include: bool, stops: bool) -> None:
+    params = {"skip_special_tokens": skip, "include_stop_str_in_output": include}
+    streamed = RequestText(request(**params), BYTE_LEVEL, lambda text, ids: text + "|")
+    late, whole = at_end(**params), at_end(**params)
+    assert late.plain
+    assert not streamed.plain
+    end, stop = ("stop", 7) if stops else ("length", None)
+    for token in ids[:-1]:
+        streamed.update(0, [token], [], None, None)
+        late.append(0, token)
+    for token in ids:
+        whole.append(0, token)
+    for text in (streamed, late):
+        assert text.update(0, ids[-1:], [], end, stop) is None
+    whole.end(0, BYTE_LEVEL.decode(whole.shown(0, end), skip_special_tokens=skip), end, stop)
+    assert late.output(Usage()) == streamed.output(Usage()) == whole.output(Usage())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="Helo wrd.é你👩", min_size=1, max_size=40))
+def test_text_decoded_at_the_end_with_dropped_spaces(text: str) -> None:
+    late, ids = at_end(METASPACE), encode(text, METASPACE)
+    late.update(0, ids, [], "length", None)
+    assert late.output(Usage()).text == "".join(stream(METASPACE, ids)) + "|"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_answers_decoded_together_are_those_decoded_alone(skip: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Shouting(transformers.PreTrainedTokenizerFast):  # type: ignore[misc, name-defined]
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return str(super()._decode(*args, **kwargs)).upper()
+
+    answers = [[*encode(text), EOS] for text in (TEXT, "", "a b", "你", "x" * 50)]
+    options = {"tokenizer_object": byte_level(), "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    for make in (transformers.PreTrainedTokenizerFast, Shouting):
+        tokenizer = make(**options)
+        wanted = [tokenizer.decode(ids, skip_special_tokens=skip) for ids in answers]
+        together = WholeTexts(tokenizer)
+        assert (together._backend is None) == (make is Shouting)
+        assert together.decode(answers, skip_special_tokens=skip) == wanted
+        assert together.decode(answers[:1], skip_special_tokens=skip) == wanted[:1]
+
+
+def test_stop_strings_and_logprobs_need_every_token() -> None:
+    assert not at_end(stop="b").plain
+    assert at_end(stop="b").update(0, encode("abc"), [], None, None) == "b"
+    table = {encode("a")[0]: Logprob(-0.5, 1)}
+    counted = at_end(logprobs=0)
+    assert not counted.plain
+    counted.update(0, encode("a"), [table], None, None)
+    counted.update(0, encode("a"), [table], "length", None)
+    output = counted.output(Usage()).outputs[0]
+    assert (output.text, output.cumulative_logprob, len(output.logprobs or ())) == ("aa|", -1.0, 2)
+
+
+def test_answers_that_end_apart_are_decoded_apart() -> None:
+    late = at_end(n=2)
+    late.append(0, encode("a")[0])
+    late.update(1, encode("b"), [], "length", None)
+    late.update(0, [], [], "abort", None)
+    assert [o.text for o in late.output(Usage()).outputs] == ["a", "b|"]
 
 
 def test_long_answer_is_fast() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from support.tiny import make_tiny_tokenizer
 
@@ -16,7 +17,7 @@ from mm_core.errors import (
     UnsupportedMediaError,
 )
 from mm_core.inputs.messages import ChatPrompt, Given, read_prompt
-from mm_core.inputs.prompt import PromptRenderer
+from mm_core.inputs.prompt import PromptRenderer, is_long
 from mm_core.types import MediaFeature, TextPrompt
 
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -228,6 +229,29 @@ def test_placeholders_expand_in_order(processor: StubProcessor, renderer: Prompt
     assert ids == [9, image, image, image, 1, 8, image, 1, video, video, 1, 7]
     assert [(r.offset, r.length, r.feature.num_tokens) for r in ranges] == [(1, 4, 3), (6, 2, 1), (8, 3, 2)]
     assert ranges[0].is_media == (True, True, True, False)
+
+
+def test_masks_become_tuples_of_bools(
+    renderer: PromptRenderer, processor: StubProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pad = processor.placeholder_id("image")
+    for mask in ((True, False, True), [True, False, True], np.array([True, False, True]), (1, 0, 1)):
+        monkeypatch.setattr(processor, "expand", lambda feature, mask=mask: ((pad,) * 3, mask))
+        _, (found,) = renderer.expand([pad], [MediaFeature("image", 2, {})])
+        assert found.is_media == (True, False, True)
+        assert found.row_tokens.tolist() == [0, 2]
+
+
+def test_long_texts_have_the_same_tokens(renderer: PromptRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["The quick brown fox <|im_end|> é你👩", "x" * 300]
+    short = [renderer.render(given(text), None) for text in texts]
+    assert not any(is_long(given(text)) for text in texts)
+    monkeypatch.setattr("mm_core.inputs.prompt.LONG_TEXT", 10)
+    assert [renderer.render(given(text), None) for text in texts] == short
+    chat = given([{"role": "user", "content": "Hello"}, {"role": "user", "content": [{"type": "text", "text": "you"}]}])
+    assert not is_long(chat)
+    monkeypatch.setattr("mm_core.inputs.prompt.LONG_TEXT", 8)
+    assert is_long(chat)
 
 
 def test_items_without_placeholders_come_first(processor: StubProcessor) -> None:

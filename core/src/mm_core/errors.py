@@ -3,7 +3,8 @@
     MMError
     ├── ConfigError              a setting or argument that cannot be used
     │   ├── NotBuiltError        a documented option that this release does not have yet
-    │   └── MissingExtraError    an optional dependency is not installed
+    │   ├── MissingExtraError    an optional dependency is not installed
+    │   └── DatasetError         a benchmark's file of requests cannot be used
     ├── PluginError              a plugin broke the contract
     │   ├── PluginConflictError  two plugins claim the same thing
     │   └── UnsupportedModelError   no installed plugin serves the architecture
@@ -59,6 +60,12 @@ class MissingExtraError(ConfigError):
     """An optional dependency is missing; the text holds the pip command."""
 
     code = "missing_extra"
+
+
+class DatasetError(ConfigError):
+    """A file of requests for a benchmark is absent or malformed; the text names file and line."""
+
+    code = "invalid_dataset"
 
 
 class PluginError(MMError):

@@ -161,7 +161,12 @@ class Processor(Protocol):
 
 
 class Encoder(Protocol):
-    """Packed features to rows: an nn.Module; `hidden_size` is the rows' width."""
+    """Packed features to rows: an nn.Module; `hidden_size` is the rows' width.
+
+    An encoder that runs some passes as CUDA graphs (`layers.CapturedPasses`) also has `use_graphs()`.
+    The engine calls it once the weights are there and every launch does its work: before, and where
+    graphs are switched off, nothing may be captured.
+    """
 
     hidden_size: int
     weight_map: WeightMap
@@ -171,7 +176,10 @@ class Encoder(Protocol):
         ...
 
     def __call__(self, features: Sequence[MediaFeature]) -> list[Tensor]:
-        """All items in one pass: one [num_tokens, hidden_size] tensor an item, in order."""
+        """All items in one pass: one [num_tokens, hidden_size] tensor an item, in order.
+
+        The features' tensors are on the encoder's device already. On a GPU the call must not wait
+        for the device: it runs ahead, on a stream of its own."""
         ...
 
 
@@ -210,7 +218,8 @@ class Decoder(Protocol):
         ...
 
     def __call__(self, inputs_embeds: Tensor, positions: Tensor, context: Any) -> Tensor:
-        """[T, hidden], [axes, T] int32, layers.ForwardContext → [T, hidden], final norm applied."""
+        """[T, hidden], [axes, T] int32, layers.ForwardContext → [T, hidden], final norm applied; where
+        the context names `rows`, [R, hidden] of those alone, in their order."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -231,8 +240,42 @@ class DecoderSpec:
     max_model_len: int
 
 
+@dataclass(frozen=True)
+class BenchPrompt:
+    """Pieces of a benchmark's prompt, special tokens spelt out. head: what begins the user's turn;
+    media: one item with its placeholder; tail: from the end of the turn to where the answer begins."""
+
+    head: str
+    media: str
+    tail: str
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A checkpoint without weights, of a real model's sizes. files: content by name (config.json,
+    preprocessor_config.json, …). special_tokens: {text: id}; core writes a byte-level tokenizer
+    with these and with ordinary words at every other id below the largest of them."""
+
+    files: Mapping[str, Mapping[str, Any]]
+    special_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class BenchFamily:
+    """How a family is benchmarked. models: by the name that `mm bench --model` takes.
+    encoder_flops(config, info): floating-point operations (a multiply-add is two) to encode an item
+    whose `MediaFeature.info` is `info`, `config` being config.json. encoder_params(config): the
+    encoder's weights that one pass reads."""
+
+    prompt: BenchPrompt
+    models: Mapping[str, BenchModel]
+    encoder_flops: Callable[[Mapping[str, Any], Mapping[str, Any]], float]
+    encoder_params: Callable[[Mapping[str, Any]], int]
+
+
 class HookSpecs:
-    """The hooks themselves. Only `mm_families` is called on every plugin."""
+    """The hooks themselves. `mm_families` is called on every plugin, `mm_bench` by `mm bench` on each that
+    has it, the others on the owner of a checkpoint."""
 
     @hookspec
     def mm_families(self) -> list[ModelFamily]:  # type: ignore[empty-body]
@@ -253,3 +296,7 @@ class HookSpecs:
     @hookspec(firstresult=True)
     def mm_decoder(self, family: str, checkpoint: Checkpoint) -> DecoderSpec:  # type: ignore[empty-body]
         """The decoder; called on the owner, then on core's default."""
+
+    @hookspec(firstresult=True)
+    def mm_bench(self, family: str) -> BenchFamily:  # type: ignore[empty-body]
+        """How `mm bench` measures the family; must not import torch. Not needed to run models."""

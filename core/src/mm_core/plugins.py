@@ -114,6 +114,11 @@ class PluginRegistry:
                 return claims[0]
         raise self._unsupported(architectures, model, family)
 
+    def owners(self, hook: str) -> list[Owner]:
+        """Every family whose plugin implements a hook, by the plugin's name."""
+        names = [info.name for info in self.describe() if hook in info.hooks]
+        return [Owner(name, family) for name in names for family in self._families[name]]
+
     def call_owner(self, hook: str, owner: Owner, *, default: object | None = None, **arguments: Any) -> Any:
         """Call one hook of the owner, then of `default` (a module with core's own implementation).
 
@@ -317,6 +322,7 @@ def _older(version: int) -> str:
 _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "mm_encoder": ("hidden_size", "weight_map", "cost", "__call__"),
     "mm_fusion": ("kind", "positions"),
+    "mm_bench": ("prompt", "models", "encoder_flops", "encoder_params"),
 }
 _RETURNS: Mapping[str, str] = {
     "mm_families": "a list of ModelFamily",
@@ -324,6 +330,7 @@ _RETURNS: Mapping[str, str] = {
     "mm_encoder": "an Encoder (an nn.Module with hidden_size, weight_map and cost)",
     "mm_fusion": f"a Fusion (kind of {', '.join(_FUSION_KINDS)}; positions)",
     "mm_decoder": "a DecoderSpec",
+    "mm_bench": "a BenchFamily",
 }
 
 

@@ -147,6 +147,7 @@ class PreparedRequest:
     token_ids: the expanded prompt. ranges: in prompt order. positions: int32 [axes, n] or None
     for 0…n-1; decode_delta: position of output token i is n + i + decode_delta.
     kv_context: whatever beside tokens and media enters the KV keys (what `condition` read).
+    block_keys: keys of the prompt's full blocks of `block_size` tokens, computed ahead, or none.
     """
 
     request_id: str
@@ -158,6 +159,8 @@ class PreparedRequest:
     cache_salt: str | None = None
     kv_context: bytes = b""
     stop_token_ids: frozenset[int] = frozenset()
+    block_size: int = 0
+    block_keys: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,14 +199,34 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class RequestMetrics:
+    """When a request got where, in seconds of `time.perf_counter()`; None: it has not come so far.
+
+    arrival: the engine was asked. prepared: ids and media were ready for the scheduler. first_token,
+    last_token: the engine's loop handed out the first, and the latest, token of any answer.
+    token_times: the same for every token of the first answer, with `record_timeline=True`.
+    """
+
+    arrival: float
+    prepared: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    token_times: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class RequestOutput:
-    """A request's answers so far. `text` and friends are those of the first answer."""
+    """A request's answers so far. `text` and friends are those of the first answer.
+
+    metrics: when it happened; two outputs that differ in nothing else are equal.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
     finished: bool
+    metrics: RequestMetrics | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:

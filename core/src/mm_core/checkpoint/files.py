@@ -20,6 +20,7 @@ from mm_core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _SHOWN = 20
@@ -27,13 +28,20 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file's header tells it. `dtype` in the format's spelling ("F32", "BF16")."""
+    """One tensor as its file's header tells it. `dtype` in the format's spelling ("F32", "BF16");
+    its data are `nbytes` bytes from byte `offset` of the file on."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value; KeyError for a dtype that is not in ITEM_BYTES."""
+        return ITEM_BYTES[self.dtype]
 
 
 def listed(names: list[str]) -> str:
@@ -92,7 +100,7 @@ def scan(file: Path) -> Iterator[TensorInfo]:
     if end != data:
         raise damaged(file, f"its tensors take {end} bytes, the file holds {data}")
     for name, (dtype, shape, begin, stop) in entries:
-        yield TensorInfo(name, file, dtype, shape, stop - begin)
+        yield TensorInfo(name, file, dtype, shape, stop - begin, 8 + len(raw) + begin)
 
 
 def _entry(value: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:

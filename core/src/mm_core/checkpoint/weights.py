@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from mm_core.checkpoint.config import LoadedCheckpoint
 from mm_core.checkpoint.files import TensorInfo, damaged, find_tensors, listed
 from mm_core.checkpoint.names import FLOATING, NameTable, Placement, Plan, Target, make_plan, tie
+from mm_core.checkpoint.staging import copy_staged, stageable
 from mm_core.errors import CheckpointError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -68,9 +69,11 @@ def _label(placement: Placement) -> str:
 
 
 def _copy_all(name: str, tensors: Mapping[str, TensorInfo], plan: Plan, show_progress: bool) -> None:
+    staged = {tensor for tensor, places in plan.placements.items() if stageable(tensors[tensor], places)}
     by_file: dict[Path, list[str]] = defaultdict(list)
     for tensor in plan.placements:
-        by_file[tensors[tensor].file].append(tensor)
+        if tensor not in staged:
+            by_file[tensors[tensor].file].append(tensor)
     flags: list[tuple[str, Tensor]] = []
     total = sum(tensors[tensor].nbytes for tensor in plan.placements)
     # delay: a load that takes less than a second shows no bar.
@@ -79,6 +82,10 @@ def _copy_all(name: str, tensors: Mapping[str, TensorInfo], plan: Plan, show_pro
         disable=not show_progress,
     )  # fmt: skip
     with bar:
+        for device in {plan.placements[tensor][0].param.device for tensor in staged}:
+            mine = [tensor for tensor in staged if plan.placements[tensor][0].param.device == device]
+            copy_staged([tensors[tensor] for tensor in mine], plan.placements, device, bar.update)
+            flags += [(tensor, flag) for tensor in mine for flag in _finite_flags(plan.placements[tensor])]
         for file in sorted(by_file):
             for tensor, value in _read(file, by_file[file]):
                 flags += [(tensor, flag) for flag in _place(tensor, value, plan.placements[tensor])]
@@ -111,6 +118,13 @@ def _place(name: str, value: Tensor, placements: Sequence[Placement]) -> Iterato
                 view.copy_(value.reshape(view.shape))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"No memory for tensor '{name}' on {view.device}. Use a smaller dtype.") from error
+    yield from _finite_flags(placements)
+
+
+def _finite_flags(placements: Sequence[Placement]) -> Iterator[Tensor]:
+    """For each place of a tensor, whether what arrived is finite."""
+    for placement in placements:
+        view = placement.view()
         if view.is_floating_point() and view.numel():
             yield _is_finite(view)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.frontend import Frontend
 from mm_core.errors import MMError
+from mm_core.tracing import Span
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
 
@@ -94,6 +95,10 @@ class AsyncEngine:
     async def stats(self) -> dict[str, Any]:
         """Counters, as `Engine.stats`."""
         return await asyncio.to_thread(self._frontend.stats)
+
+    def timeline(self) -> list[Span]:
+        """What ran when, as `Engine.timeline`."""
+        return self._frontend.timeline()
 
     async def close(self) -> None:
         """Abort what runs and release the memory."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.frontend import Frontend
 from mm_core.errors import BatchError, EngineError, InvalidParamsError, InvalidPromptError, MMError
+from mm_core.tracing import Span
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
 Prompt = str | TextPrompt | TextPromptDict
@@ -129,10 +130,15 @@ class Engine:
         """Counters: tokens (prompt, cached, generated), steps, preemptions, blocks by state, caches."""
         return self._frontend.stats()
 
+    def timeline(self) -> list[Span]:
+        """What ran when since the last call: needs `record_timeline=True`, else ConfigError."""
+        return self._frontend.timeline()
+
     def wait_idle(self, timeout: float = 10.0) -> None:
         """Wait until nothing runs or waits; EngineError after `timeout` seconds."""
         end = time.monotonic() + timeout
-        while self._frontend.num_live or (stats := self.stats())["running"] or stats["waiting"]:
+        busy = ("running", "waiting", "steps_in_flight")
+        while self._frontend.num_live or any(map(self.stats().__getitem__, busy)):
             if time.monotonic() > end:
                 raise EngineError(f"Requests still run after {timeout} s.")
             time.sleep(0.005)

@@ -2,41 +2,94 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.core import CoreThread, EngineCore
+from mm_core.engine.delivery import OutputThread
 from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
 from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
-from mm_core.engine.output import RequestText
-from mm_core.errors import EngineClosedError, EngineError, InvalidParamsError, MMError, RequestAbortedError
+from mm_core.engine.output import RequestText, WholeTexts
+from mm_core.engine.precedence import Precedence
+from mm_core.engine.startup import StartupTimes
+from mm_core.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineError,
+    InvalidParamsError,
+    MMError,
+    RequestAbortedError,
+)
 from mm_core.inputs.prompt import guarded
-from mm_core.types import PreparedRequest, RequestOutput, Usage
+from mm_core.tracing import Span, SpanRecorder
+from mm_core.types import PreparedRequest, RequestMetrics, RequestOutput, Usage
 
 logger = logging.getLogger(__name__)
+
+# Outputs that are made text of, and told to a listener, before the engine's thread is let through.
+_STRETCH = 8
 
 Listener = Callable[[RequestOutput | MMError], None]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Live:
     """A request between `add` and its end. ask is what to prepare, until that begins; text is None
-    until it is done."""
+    until it is done. open: answers that have not ended. Times are those of `RequestMetrics`; the
+    counts are of `Usage`, prompt-side ones those of the first answer."""
 
     listener: Listener
     stream: bool
     ask: tuple[Any, SamplingParams, bool | None] | None
+    arrival: float
     text: RequestText | None = None
+    plain: bool = False
     open: set[int] = field(default_factory=set)
-    usage: Usage = field(default_factory=Usage)
     preparing: Future[PreparedRequest] | None = None
+    prepared: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    token_times: list[float] | None = None
+    prompt_tokens: int = 0
+    media_tokens: int = 0
+    cached_tokens: int = 0
+    encoded_tokens: int = 0
+
+    def count(self, output: TokenOutput) -> None:
+        """Take in what an output says of the request so far."""
+        if output.index == 0:
+            self.cached_tokens = output.cached_tokens
+        # An item encoded again after a preemption counts once: more than there is was not asked for.
+        self.encoded_tokens = min(max(self.encoded_tokens, output.encoded_rows), self.media_tokens)
+
+    def stamp(self, when: float, index: int) -> None:
+        """A token came."""
+        self.last_token = when
+        if self.first_token is None:
+            self.first_token = when
+        if self.token_times is not None and index == 0:
+            self.token_times.append(when)
+
+    def output(self, text: RequestText) -> RequestOutput:
+        """The answers so far."""
+        times = None if self.token_times is None else tuple(self.token_times)
+        metrics = RequestMetrics(self.arrival, self.prepared, self.first_token, self.last_token, times)
+        counts = Usage(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            media_tokens=self.media_tokens,
+            encoded_media_tokens=self.encoded_tokens,
+        )
+        return text.output(counts, metrics)
 
 
 class Frontend:
@@ -45,6 +98,8 @@ class Frontend:
     A listener is called with the request's RequestOutput when it ends (and after every token
     with stream=True), or once with the error that ended it. It runs in the engine's threads and
     must return quickly.
+
+    recorder: what ran when, where `config.record_timeline` asks for it.
     """
 
     model: LoadedModel
@@ -53,8 +108,13 @@ class Frontend:
 
     def __init__(self, name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> None:
         self.config = config
-        self._thread = CoreThread(lambda: self._load(name, plugins), self._on_outputs)
-        self.pipeline = build_pipeline(self.model, config, self.max_model_len)
+        self.recorder = SpanRecorder() if config.record_timeline else None
+        self.startup = StartupTimes(show_progress=config.show_progress)
+        self.precedence = Precedence()
+        self._outputs = OutputThread(self._on_outputs)
+        self._thread = CoreThread(lambda: self._load(name, plugins), self._outputs.put)
+        self.pipeline = build_pipeline(self.model, config, self.max_model_len, self.recorder, self.precedence.give_way)
+        self._texts = WholeTexts(self.model.processor.tokenizer)
         # Reentrant: a stream that the garbage collector finds aborts its request, whatever its thread holds.
         self._lock = threading.RLock()
         self._live: dict[str, _Live] = {}
@@ -63,10 +123,23 @@ class Frontend:
         # Prepared media take memory until their request ends: only so many are begun at a time.
         self._room = 2 * config.max_num_seqs
         self._queued: deque[str] = deque()
+        self._outputs.start()
+        # A full collection looks at all of torch and transformers, for tenths of a second, in whatever thread and
+        # step it falls. What is there now stays until close().
+        with self.startup.part("garbage"):
+            gc.collect()
+            gc.freeze()
+        self.startup.finish()
 
     def _load(self, name: str, plugins: Sequence[Any] | None) -> EngineCore:
-        self.model = load_model(name, self.config, plugins)
-        self._core, self.max_model_len = build_core(self.model, self.config)
+        try:
+            self.model = load_model(name, self.config, plugins, self.startup)
+            self._core, self.max_model_len = build_core(self.model, self.config, self.recorder)
+            if self.model.device.type == "cuda":  # on a CPU the operators themselves take the time, without the lock
+                self._core.precedence = self.precedence
+        except BaseException:
+            self.startup.close()
+            raise
         return self._core
 
     # -- requests --------------------------------------------------------------------------
@@ -89,7 +162,7 @@ class Frontend:
                 f"sampling_params is a {type(params).__name__}; give SamplingParams(...).", param="sampling_params"
             )
         request_id = f"req-{next(self._ids)}"
-        live = _Live(listener, stream, (prompt, params, apply_chat_template))
+        live = _Live(listener, stream, (prompt, params, apply_chat_template), time.perf_counter())
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
@@ -133,12 +206,13 @@ class Frontend:
             live = self._live.get(request_id)
             if live is None:  # aborted meanwhile
                 return
-            live.text = RequestText(request, self.model.processor.tokenizer, self._finish_text)
+            text = RequestText(request, self.model.processor.tokenizer, self._finish_text, stream=live.stream)
+            live.text, live.plain = text, text.plain
             live.open = set(range(request.params.n))
-            live.usage = Usage(
-                prompt_tokens=len(request.token_ids),
-                media_tokens=sum(r.feature.num_tokens for r in request.ranges),
-            )
+            live.prompt_tokens = len(request.token_ids)
+            live.media_tokens = sum([r.feature.num_tokens for r in request.ranges])
+            live.token_times = None if self.recorder is None else []
+            live.prepared = time.perf_counter()
             self._thread.send(Submit(request))
 
     def _finish_text(self, text: str, token_ids: Sequence[int]) -> str:
@@ -164,20 +238,62 @@ class Frontend:
             _tell(live, result)
         self._begin_queued()
 
-    # -- outputs (in the core's thread) ----------------------------------------------------
+    # -- outputs (in a thread of their own) ------------------------------------------------
 
-    def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+    def _on_outputs(self, when: float, outputs: Sequence[TokenOutput]) -> None:
+        """A step's outputs. Most are a token of an answer that goes on and whose text nobody waits for."""
+        lives, slow = self._live, 0
+        ended: list[tuple[_Live, RequestText, TokenOutput]] = []
         for output in outputs:
+            live = lives.get(output.request_id)
+            if live is None or live.text is None:
+                continue
+            token = output.token_id
             try:
-                self._on_output(output)
+                if live.plain and token is not None and output.error is None:
+                    live.text.append(output.index, token)
+                    live.stamp(when, output.index)
+                    if output.finish_reason is not None:
+                        ended.append((live, live.text, output))
+                else:
+                    slow += 1
+                    if slow % _STRETCH == 0:
+                        self.precedence.give_way()
+                    self._on_output(live, live.text, output, when)
             except BaseException as error:  # of one request's text; the others' tokens are behind it in the list
-                logger.warning("request %s failed", output.request_id, exc_info=True)
-                self._fail(output.request_id, _fault("Making text of the tokens", error))
+                self._on_fault(output, error)
+        for skip in (True, False):
+            self._end_plain([e for e in ended if e[1].skip_special_tokens is skip], skip)
 
-    def _on_output(self, output: TokenOutput) -> None:
-        live = self._live.get(output.request_id)
-        if live is None or live.text is None:
-            return
+    def _end_plain(self, ended: Sequence[tuple[_Live, RequestText, TokenOutput]], skip_special_tokens: bool) -> None:
+        """Answers that end in one step: their texts are decoded together, so that all are there soon."""
+        try:
+            shown = [text.shown(output.index, output.finish_reason) for _, text, output in ended]
+            decoded: list[str | None] = [*self._texts.decode(shown, skip_special_tokens=skip_special_tokens)]
+        except BaseException:  # one by one then: whose fault it is shows there
+            decoded = [None] * len(ended)
+        for (live, text, output), whole in zip(ended, decoded, strict=True):
+            try:
+                self._end_answer(live, text, output, whole)
+            except BaseException as error:
+                self._on_fault(output, error)
+
+    def _end_answer(self, live: _Live, text: RequestText, output: TokenOutput, whole: str | None) -> None:
+        if whole is None:
+            (whole,) = self._texts.decode(
+                [text.shown(output.index, output.finish_reason)], skip_special_tokens=text.skip_special_tokens
+            )
+        text.end(output.index, whole, output.finish_reason or "", output.stop_reason)
+        live.count(output)
+        live.open.discard(output.index)
+        if not live.open:
+            self._end(output.request_id, live.output(text))
+
+    def _on_fault(self, output: TokenOutput, error: BaseException) -> None:
+        logger.warning("request %s failed", output.request_id, exc_info=error)
+        self._fail(output.request_id, _fault("Making text of the tokens", error))
+
+    def _on_output(self, live: _Live, text: RequestText, output: TokenOutput, when: float) -> None:
         if output.error is not None:
             self._fail(output.request_id, output.error)
         elif output.index not in live.open:
@@ -185,25 +301,27 @@ class Frontend:
         elif output.finish_reason == "abort":
             self._end(output.request_id, EngineClosedError("The engine was closed before the request ended."))
         else:
-            self._on_token(live, live.text, output)
+            self._on_token(live, text, output, when)
 
     def _fail(self, request_id: str, error: MMError) -> None:
         self._thread.send(Abort(request_id))
         self._end(request_id, error)
 
-    def _on_token(self, live: _Live, text: RequestText, output: TokenOutput) -> None:
+    def _on_token(self, live: _Live, text: RequestText, output: TokenOutput, when: float) -> None:
         tokens = [] if output.token_id is None else [output.token_id]
         logprobs = [output.logprobs] * len(tokens)
+        if tokens:
+            live.stamp(when, output.index)
         stop = text.update(output.index, tokens, logprobs, output.finish_reason, output.stop_reason)
         if stop is not None and output.finish_reason is None:
             self._thread.send(Abort(output.request_id, output.index, stopped=True))
-        live.usage = _count(live.usage, output)
+        live.count(output)
         if stop is not None or output.finish_reason is not None:
             live.open.discard(output.index)
         if not live.open:
-            self._end(output.request_id, text.output(live.usage))
+            self._end(output.request_id, live.output(text))
         elif live.stream:
-            _tell(live, text.output(live.usage))
+            _tell(live, live.output(text))
 
     # -- the rest --------------------------------------------------------------------------
 
@@ -214,7 +332,14 @@ class Frontend:
 
     def stats(self) -> dict[str, Any]:
         """Counters of engine core and input pipeline."""
-        return {**self._thread.stats(), "processor_cache": asdict(self.pipeline.stats())}
+        parts = {"processor_cache": asdict(self.pipeline.stats()), "startup": dict(self.startup.seconds)}
+        return {**self._thread.stats(), **parts}
+
+    def timeline(self) -> list[Span]:
+        """The spans recorded since the last call; ConfigError where nothing is recorded."""
+        if self.recorder is None:
+            raise ConfigError("No timeline is kept. Make the engine with record_timeline=True.")
+        return self.recorder.take()
 
     def clear_cache(self) -> None:
         """Forget reusable KV blocks."""
@@ -228,8 +353,10 @@ class Frontend:
             self._closed = True
         self.pipeline.close()
         self._thread.close()
+        self._outputs.close()
         for request_id in list(self._live):
             self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
+        gc.unfreeze()
         self._core.release()
         del self.model
 
@@ -249,15 +376,3 @@ def _fault(what: str, error: BaseException) -> MMError:
     fault = EngineError(f"{what} failed with {type(error).__name__}. This is a bug: please report it with the log.")
     fault.__cause__ = error
     return fault
-
-
-def _count(usage: Usage, output: TokenOutput) -> Usage:
-    """Usage with one more output of the core taken in; prompt-side counts are those of the first answer."""
-    first = output.index == 0
-    return replace(
-        usage,
-        completion_tokens=usage.completion_tokens + (output.token_id is not None),
-        cached_tokens=output.cached_tokens if first else usage.cached_tokens,
-        # An item encoded again after a preemption counts once: more than there is was not asked for.
-        encoded_media_tokens=min(max(usage.encoded_media_tokens, output.encoded_rows), usage.media_tokens),
-    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +18,33 @@ from mm_core.checkpoint import LoadedCheckpoint, init_dummy_weights, load_weight
 from mm_core.config import EngineConfig
 from mm_core.decoders import default as default_decoder
 from mm_core.engine.core import EngineCore
+from mm_core.engine.startup import StartupTimes
+from mm_core.engine.warming import SMALLER_STEP, EngineWarmUp
 from mm_core.errors import CheckpointError, ConfigError, NotBuiltError, OutOfMemoryError
 from mm_core.hashing import get_hasher
 from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor
+from mm_core.inputs.coordinator import nobody
 from mm_core.inputs.pipeline import InputPipeline, eos_token_ids
 from mm_core.plugins import Owner, PluginRegistry
-from mm_core.runner.memory import KVCache, block_bytes, count_blocks, kv_dtype
-from mm_core.runner.probe import measure_peak
-from mm_core.runner.runner import ModelRunner, resolve_device
+from mm_core.runner.memory import GRAPH_BYTES, KVCache, block_bytes, count_blocks, kv_dtype, out_of_memory
+from mm_core.runner.probe import measure_step
+from mm_core.runner.rehearsal import noise_feature
+from mm_core.runner.runner import ModelRunner, RunnerLimits, resolve_device
 from mm_core.scheduler.scheduler import Scheduler, SchedulerConfig
+from mm_core.tracing import SpanRecorder
+from mm_core.types import MediaFeature
 
 logger = logging.getLogger(__name__)
 
 # Four cost units (patches) a token: what families with 2×2 merging need for a step full of media.
 _COST_PER_TOKEN = 4
 _MIN_ENCODER_BUDGET = 16384
+_EXAMPLE_SIDES = (224, 336, 448, 672, 896)  # pixels
+
+_SMALLER_MODEL = "Use a smaller dtype or a smaller model, or end other programs on this GPU."
+_SMALLER_CACHE = "Lower KvCacheConfig(free_gpu_memory_fraction=...) or num_blocks; for a CPU, cpu_cache_size."
+_SMALLER_ROWS = "Lower encoder_cache_tokens or KvCacheConfig(free_gpu_memory_fraction=...)."
+_SMALLER_GRAPHS = "Lower KvCacheConfig(free_gpu_memory_fraction=...) or max_num_seqs, or set cuda_graphs=False."
 
 
 @dataclass(frozen=True)
@@ -46,36 +60,82 @@ class LoadedModel:
     max_model_len: int
     device: torch.device
     dtype: torch.dtype
+    startup: StartupTimes
+    examples: tuple[MediaFeature, ...] = ()  # prepared pictures of several sizes, where there is a GPU
 
 
-def load_model(name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> LoadedModel:
+def load_model(
+    name: str, config: EngineConfig, plugins: Sequence[Any] | None, startup: StartupTimes | None = None
+) -> LoadedModel:
     """Open a checkpoint, find its plugin, build its modules and load their weights."""
-    device = resolve_device(config)  # before anything is downloaded
+    startup = startup or StartupTimes()
+    with startup.part("device", "Starting the device"):
+        device = _open_device(config)  # before anything is downloaded
+    with startup.part("checkpoint", "Opening the checkpoint"):
+        registry = PluginRegistry(plugins or ())
+        checkpoint = open_checkpoint(name, revision=config.revision, show_progress=config.show_progress)
+        owner = registry.resolve(checkpoint.architectures, model=name)
+        _load_tokenizer_beside(checkpoint, startup)
+        dtype = resolve_dtype(config.dtype, checkpoint, device)
+    with startup.part("modules", "Building the model"):
+        spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
+        max_model_len = _resolve_length(name, config, spec)
+        fusion: Fusion = _call(registry, "mm_fusion", owner, checkpoint)
+        if fusion.kind != "embed":
+            raise NotBuiltError(
+                f"Family {owner.family.name!r} fuses by {fusion.kind!r}; this release runs families of kind 'embed'."
+            )
+        context = BuildContext(device, dtype, max_model_len)
+        with out_of_memory(f"building {name!r} in {dtype} on {device}", _SMALLER_MODEL):
+            encoder: Any = _call(registry, "mm_encoder", owner, checkpoint, context=context)
+            decoder: Any = spec.build(context)
+    warm_up = None
+    if device.type == "cuda":
+        warm_up = EngineWarmUp(config, owner.family.name, decoder, encoder, context)
+        warm_up.begin_text(startup)
+    with startup.part("weights", "Loading weights"), out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL):
+        _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with startup.part("processor", "Loading the tokenizer"):
+        processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
+        _check_vocabulary(name, processor, decoder)
+    examples: tuple[MediaFeature, ...] = ()
+    if warm_up is not None:
+        with startup.part("examples"):
+            examples = tuple(f for side in _EXAMPLE_SIDES if (f := noise_feature(processor, side)) is not None)
+        warm_up.begin_media(startup, examples)
+        warm_up.finish(startup)
+    family = owner.family.name
+    return LoadedModel(
+        family, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype, startup, examples
+    )
+
+
+def _open_device(config: EngineConfig) -> torch.device:
+    device = resolve_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the thread's current device
-    registry = PluginRegistry(plugins or ())
-    checkpoint = open_checkpoint(name, revision=config.revision, show_progress=config.show_progress)
-    owner = registry.resolve(checkpoint.architectures, model=name)
-    dtype = resolve_dtype(config.dtype, checkpoint, device)
-    spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
-    max_model_len = _resolve_length(name, config, spec)
-    fusion: Fusion = _call(registry, "mm_fusion", owner, checkpoint)
-    if fusion.kind != "embed":
-        raise NotBuiltError(
-            f"Family {owner.family.name!r} fuses by {fusion.kind!r}; this release runs families of kind 'embed'."
-        )
-    processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
-    context = BuildContext(device, dtype, max_model_len)
-    try:
-        encoder: Any = _call(registry, "mm_encoder", owner, checkpoint, context=context)
-        decoder: Any = spec.build(context)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"Model {name!r} does not fit {device} in {dtype}. Use a smaller dtype or a smaller model."
-        ) from error
-    _check_vocabulary(name, processor, decoder)
-    _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
-    return LoadedModel(owner.family.name, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype)
+        with out_of_memory(f"starting {device}", "End other programs on this GPU, or choose another: device='cuda:1'."):
+            torch.zeros(1, device=device)  # makes the driver's context
+    return device
+
+
+def _load_tokenizer_beside(checkpoint: LoadedCheckpoint, startup: StartupTimes) -> None:
+    """Begin to load the tokenizer in a thread: transformers takes a second to import, and no torch calls.
+
+    Whoever asks for it waits; where it failed, they try again and get the error.
+    """
+
+    def load() -> None:
+        start = time.perf_counter()
+        try:
+            _ = checkpoint.tokenizer
+        except BaseException:
+            logger.debug("the tokenizer could not be loaded ahead", exc_info=True)
+        startup.add("background: tokenizer", time.perf_counter() - start)
+
+    threading.Thread(target=load, name="mm-core-tokenizer", daemon=True).start()
 
 
 def _call(registry: PluginRegistry, hook: str, owner: Owner, checkpoint: LoadedCheckpoint, **extra: Any) -> Any:
@@ -121,17 +181,15 @@ def _fill(config: EngineConfig, checkpoint: LoadedCheckpoint, targets: list[tupl
                 finish()
 
 
-def build_core(model: LoadedModel, config: EngineConfig) -> tuple[EngineCore, int]:
+def build_core(
+    model: LoadedModel, config: EngineConfig, recorder: SpanRecorder | None = None
+) -> tuple[EngineCore, int]:
     """Size the caches and put scheduler and runner together; also the context length that fits."""
-    kv_config = config.kv_cache_config
+    kv_config, startup = config.kv_cache_config, model.startup
     block_size, dtype = kv_config.block_size, kv_dtype(kv_config, model.dtype)
-    encoder_budget = config.encoder_budget or max(_COST_PER_TOKEN * config.max_num_batched_tokens, _MIN_ENCODER_BUDGET)
-    count = count_blocks(
-        kv_config,
-        block_bytes(model.decoder.kv_specs, block_size, dtype),
-        model.device,
-        lambda: measure_peak(model.decoder, model.encoder, model.processor, config, encoder_budget, model.device),
-    )
+    with startup.part("memory probe", "Measuring a full step"), out_of_memory("running a full step", SMALLER_STEP):
+        size = block_bytes(model.decoder.kv_specs, block_size, dtype)
+        count = count_blocks(kv_config, size, model.device, lambda: _measure(model, config))
     length = min(model.max_model_len, count * block_size)
     if config.max_model_len is not None and length < config.max_model_len:
         raise OutOfMemoryError(
@@ -139,26 +197,75 @@ def build_core(model: LoadedModel, config: EngineConfig) -> tuple[EngineCore, in
             "Lower max_model_len, or give the cache more room: KvCacheConfig(num_blocks=...), cpu_cache_size or "
             "free_gpu_memory_fraction."
         )
-    scheduler = Scheduler(
+    with startup.part("KV cache"), out_of_memory(f"making a KV cache of {count} blocks", _SMALLER_CACHE):
+        kv = KVCache(model.decoder.kv_specs, count, block_size, dtype, model.device)
+    logger.info("KV cache: %d tokens in %d blocks", count * block_size, count)
+    limits = RunnerLimits(
+        config.max_num_seqs,
+        length,
+        config.encoder_cache_tokens,
+        config.max_num_batched_tokens,
+        config.cuda_graphs,
+    )
+    with startup.part("runner"), out_of_memory("making the encoder's rows and the runner's tables", _SMALLER_ROWS):
+        runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device, limits, recorder)
+    _capture_graphs(model, config, runner)
+    overlap = config.overlap if config.overlap is not None else model.device.type == "cuda"
+    core = EngineCore(_make_scheduler(model, config, count, length), runner, config.seed, overlap)
+    core.recorder = recorder
+    return core, length
+
+
+def _capture_graphs(model: LoadedModel, config: EngineConfig, runner: ModelRunner) -> None:
+    """Capture what is replayed later, on a GPU."""
+    if model.device.type != "cuda" or not config.cuda_graphs:
+        return
+    with model.startup.part("graphs", "Capturing graphs"), out_of_memory("capturing graphs", _SMALLER_GRAPHS):
+        free = torch.cuda.mem_get_info(model.device)[0]
+        runner.capture_graphs(model.examples)
+        taken = free - torch.cuda.mem_get_info(model.device)[0]
+    logger.info("graphs take %.0f MiB", taken / 2**20)
+
+
+def _make_scheduler(model: LoadedModel, config: EngineConfig, num_blocks: int, max_model_len: int) -> Scheduler:
+    return Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            encoder_budget=encoder_budget,
-            max_model_len=length,
-            enable_block_reuse=kv_config.enable_block_reuse,
+            encoder_budget=_encoder_budget(config),
+            max_model_len=max_model_len,
+            enable_block_reuse=config.kv_cache_config.enable_block_reuse,
         ),
-        BlockPool(count, block_size),
+        BlockPool(num_blocks, config.kv_cache_config.block_size),
         EncoderCache(config.encoder_cache_tokens),
         get_hasher(config.hash_algorithm),
         model.encoder.cost,
     )
-    kv = KVCache(model.decoder.kv_specs, count, block_size, dtype, model.device)
-    logger.info("KV cache: %d tokens in %d blocks", count * block_size, count)
-    runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device)
-    return EngineCore(scheduler, runner, config.seed), length
 
 
-def build_pipeline(model: LoadedModel, config: EngineConfig, max_model_len: int) -> InputPipeline:
+def _encoder_budget(config: EngineConfig) -> int:
+    """The encoder's budget of one step, in its cost units."""
+    return config.encoder_budget or max(_COST_PER_TOKEN * config.max_num_batched_tokens, _MIN_ENCODER_BUDGET)
+
+
+def _measure(model: LoadedModel, config: EngineConfig) -> int:
+    """Bytes to keep free beside weights and KV cache (GPU only)."""
+    weights = torch.cuda.memory_allocated(model.device)
+    budget = _encoder_budget(config)
+    step = measure_step(model.decoder, model.encoder, model.processor, config, budget, model.device)
+    graphs = GRAPH_BYTES if config.cuda_graphs else 0
+    mib = [x / 2**20 for x in (weights, step.decoder, step.encoder, step.kept, graphs)]
+    logger.info("MiB: weights %.0f; a full step: decoder %.0f, encoder %.0f, its rows %.0f; graphs %.0f", *mib)
+    return step.total + graphs
+
+
+def build_pipeline(
+    model: LoadedModel,
+    config: EngineConfig,
+    max_model_len: int,
+    recorder: SpanRecorder | None = None,
+    give_way: Callable[[], None] = nobody,
+) -> InputPipeline:
     """The threads that turn prompts and media into prepared requests."""
     return InputPipeline(
         processor=model.processor,
@@ -169,4 +276,7 @@ def build_pipeline(model: LoadedModel, config: EngineConfig, max_model_len: int)
         vocab_size=model.decoder.vocab_size,
         max_model_len=max_model_len,
         stop_token_ids=eos_token_ids(model.checkpoint.generation_config, model.processor.tokenizer),
+        pin_for=model.device if model.device.type == "cuda" else None,
+        recorder=recorder,
+        give_way=give_way,
     )

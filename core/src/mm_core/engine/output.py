@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mm_core.types import CompletionOutput, FinishReason, Logprob, PreparedRequest, RequestOutput, Usage
+from mm_core.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    PreparedRequest,
+    RequestMetrics,
+    RequestOutput,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from mm_core.config import SamplingParams
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"
 _MAX_OPEN_BYTES = 3  # an incomplete UTF-8 character has at most 3 bytes
 _CONTEXT_TOKENS = 4  # a window that is cut keeps at least so many tokens before the new ones
+_MANY = 4  # answers, from which on decoding them together pays
 _MAX_OPEN_TOKENS = 16  # after so many tokens without a character's end, the bytes are simply wrong
 
 
@@ -125,6 +134,29 @@ class Detokenizer:
         return self.finish()
 
 
+class WholeTexts:
+    """Decodes many answers at once. tokenizers does it in parallel, and without the interpreter's lock;
+    transformers one by one, at three times the price, and so does every other tokenizer here."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None) if _adds_nothing(tokenizer) else None
+
+    def decode(self, answers: Sequence[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        """As `tokenizer.decode` of each."""
+        if self._backend is None or len(answers) < _MANY:
+            return [self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in answers]
+        texts: list[str] = self._backend.decode_batch(answers, skip_special_tokens=skip_special_tokens)
+        return texts
+
+
+def _adds_nothing(tokenizer: Any) -> bool:
+    """Whether a tokenizer of transformers decodes as its backend does: by the library's own methods, no clean-up."""
+    methods = [getattr(getattr(type(tokenizer), name, None), "__module__", "") for name in ("decode", "_decode")]
+    own = all(module.startswith("transformers.tokenization_utils") for module in methods)
+    return own and getattr(tokenizer, "clean_up_tokenization_spaces", True) is False
+
+
 class StopMatcher:
     """Finds stop strings in a text that comes in pieces (Knuth, Morris, Pratt 1977, one automaton
     a string), in time linear in the text."""
@@ -198,7 +230,8 @@ class RequestText:
     """A request's answers as text, one state for each of its `n` answers.
 
     finish_hook: the family's repair of a finished answer (`Processor.finish`); it is called once
-    an answer, when that has ended in "stop" or "length".
+    an answer, when that has ended in "stop" or "length". stream: the text is wanted while it grows;
+    False, and no stop string to look for: it is decoded once, at the end, and is empty until then.
     """
 
     def __init__(
@@ -206,13 +239,42 @@ class RequestText:
         request: PreparedRequest,
         tokenizer: Tokenizer,
         finish_hook: Callable[[str, Sequence[int]], str],
+        *,
+        stream: bool = True,
     ) -> None:
         self._request = request
         self._params: SamplingParams = request.params
+        self._at_end = not stream and not self._params.stop
         self._tokenizer = tokenizer
         self._finish_hook = finish_hook
         self._token_texts: dict[int, str] = {}
         self._answers = [self._new_answer(index) for index in range(self._params.n)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens before the last one need no more than `append`."""
+        return self._at_end and self._params.logprobs is None
+
+    @property
+    def skip_special_tokens(self) -> bool:
+        """As the request's parameters have it."""
+        return self._params.skip_special_tokens
+
+    def append(self, index: int, token_id: int) -> None:
+        """Add a token of a `plain` request: `update` without all that is not needed."""
+        self._answers[index].token_ids.append(token_id)
+
+    def shown(self, index: int, finish_reason: str | None) -> list[int]:
+        """The tokens that the text of an ended answer is made of; the last one was appended."""
+        ids = self._answers[index].token_ids
+        ended = finish_reason == FinishReason.STOP and not self._params.include_stop_str_in_output
+        return ids[:-1] if ended else list(ids)
+
+    def end(self, index: int, text: str, finish_reason: str, stop_reason: int | None) -> None:
+        """End an answer of a `plain` request; text: of its tokens `shown`."""
+        answer = self._answers[index]
+        answer.pieces[:] = [text]
+        self._finish(answer, finish_reason, stop_reason)
 
     def update(
         self,
@@ -234,28 +296,36 @@ class RequestText:
         hidden = self._hidden_token(new_token_ids, finish_reason)
         for place, token in enumerate(new_token_ids):
             self._add_token(answer, token, logprobs[place] if logprobs else None)
-            piece = "" if place == hidden else answer.detokenizer.append([token])
+            piece = "" if self._at_end or place == hidden else answer.detokenizer.append([token])
             if stop := self._add_text(answer, piece):
                 return stop
         if finish_reason is None:
             return None
+        if self._at_end:
+            answer.pieces[:] = [self._whole_text(answer, hidden)]
         if stop := self._add_text(answer, answer.detokenizer.finish()):
             return stop
         self._finish(answer, finish_reason, stop_reason)
         return None
 
-    def output(self, usage: Usage) -> RequestOutput:
+    def _whole_text(self, answer: _Answer, hidden: int | None) -> str:
+        """All tokens decoded at once: what the pieces of a `Detokenizer` add up to."""
+        shown = answer.token_ids if hidden is None or hidden < 0 else answer.token_ids[:-1]
+        return self._tokenizer.decode(shown, skip_special_tokens=self._params.skip_special_tokens)
+
+    def output(self, usage: Usage, metrics: RequestMetrics | None = None) -> RequestOutput:
         """The answers so far. `usage.completion_tokens` is set to the tokens that are kept.
 
         While an answer runs, its text lacks an end that may turn out to begin a stop string.
         """
-        outputs = tuple(self._completion(answer) for answer in self._answers)
+        outputs = tuple([self._completion(answer) for answer in self._answers])
         return RequestOutput(
             request_id=self._request.request_id,
             prompt_token_ids=self._request.token_ids,
             outputs=outputs,
-            usage=replace(usage, completion_tokens=sum(len(output.token_ids) for output in outputs)),
+            usage=replace(usage, completion_tokens=sum([len(output.token_ids) for output in outputs])),
             finished=all(output.finish_reason is not None for output in outputs),
+            metrics=metrics,
         )
 
     def _new_answer(self, index: int) -> _Answer:

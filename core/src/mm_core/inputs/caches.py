@@ -57,7 +57,7 @@ class ProcessorCacheStats:
 class ProcessorCache:
     """Preprocessed media by media key, at most `capacity` bytes, least recently used ones dropped.
 
-    Work in flight is shared: of several threads that want one new key, one prepares and the rest
+    Work in flight is shared: of several requests that want one new key, one prepares and the rest
     wait. A failure is not kept, and reaches everybody who waited for it.
     """
 
@@ -68,37 +68,46 @@ class ProcessorCache:
         self._nbytes = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
-    def get(self, key: bytes) -> MediaFeature | None:
-        """The feature if it is held or in flight (then it is waited for), else None."""
+    def get(self, key: bytes) -> MediaFeature | Future[MediaFeature] | None:
+        """The feature if it is held, its future if it is in flight, else None."""
+        with self._lock:
+            return self._find(key)
+
+    def find_or_claim(self, key: bytes) -> tuple[MediaFeature | Future[MediaFeature], Future[MediaFeature] | None]:
+        """The feature held under `key`, or its future if it is in flight; and that same future to
+        whoever asked first, who must `fill` or `fail` it."""
         with self._lock:
             found = self._find(key)
-        return found.result() if isinstance(found, Future) else found
+            if found is not None:
+                return found, None
+            self._misses += 1
+            mine = self._in_flight[key] = Future()
+            return mine, mine
 
-    def get_or_prepare(self, key: bytes, prepare: Callable[[], MediaFeature]) -> MediaFeature:
-        """The feature held under `key`, or what `prepare` makes, called by one thread at a time.
-
-        Called from pool threads: whoever prepares waits for nobody meanwhile, so waiters can not
-        hold up the one they wait for.
-        """
-        with self._lock:
-            found = self._find(key)
-            if found is None:
-                self._misses += 1
-                mine = self._in_flight[key] = Future()
-        if found is not None:
-            return found.result() if isinstance(found, Future) else found
+    def fill(
+        self,
+        key: bytes,
+        mine: Future[MediaFeature],
+        prepare: Callable[[], MediaFeature],
+        hand_out: Callable[[MediaFeature], MediaFeature],
+    ) -> None:
+        """Make what was claimed, keep it, and hand it out, as a copy maybe, to everybody who waits."""
         try:
             feature = prepare()
+            given = hand_out(feature)
         except BaseException as error:
-            with self._lock:
-                del self._in_flight[key]
-            mine.set_exception(error)
-            raise
+            self.fail(key, mine, error)
+            return
         with self._lock:
             del self._in_flight[key]
             self._insert(key, feature)
-        mine.set_result(feature)
-        return feature
+        mine.set_result(given)
+
+    def fail(self, key: bytes, mine: Future[MediaFeature], error: BaseException) -> None:
+        """Give up what was claimed; the error reaches everybody who waits."""
+        with self._lock:
+            del self._in_flight[key]
+        mine.set_exception(error)
 
     def stats(self) -> ProcessorCacheStats:
         """Counters since the start, and what is held now."""

@@ -7,7 +7,7 @@ import binascii
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ from PIL import Image, ImageFile
 from mm_core.errors import MediaDecodeError, MediaTooLargeError, UnsupportedMediaError
 from mm_core.hashing import Hasher, encode_fields, media_digest
 from mm_core.inputs.caches import LruMap
-from mm_core.media.decode import MediaLimits, array_to_image, decode_image, read_regular_file, to_rgb
+from mm_core.media.decode import (
+    MediaLimits,
+    array_to_image,
+    decode_image,
+    packed_rgb,
+    read_regular_file,
+    to_rgb,
+)
 from mm_core.media.video import Video, VideoSampling, decode_video, frames_to_video
 from mm_core.types import MediaItem, Modality
 
+QUICK_PIXELS = 2**19
 MAX_ALIASES = 16384
 MAX_SAMPLE_RATE = 768_000
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters or more: "C:" is a drive
@@ -66,6 +74,8 @@ class Fetcher:
             value = self._read(modality, value, allow_paths)
         if isinstance(value, bytes):
             return self._fetch_encoded(modality, value, sampling)
+        if modality == "image" and is_plain(value):
+            return self._fetch_plain(value)
         item = self._from_object(modality, value, sampling)
         return Fetched(item, lambda: item)
 
@@ -108,6 +118,12 @@ class Fetcher:
         item = load()
         return Fetched(item, lambda: item)
 
+    def _fetch_plain(self, image: Image.Image) -> Fetched:
+        """A loaded RGB image: its bytes are enough to recognise it; only for a new one is an image made of them."""
+        size, pixels = image.size, packed_rgb(image, self._limits)
+        known = self._image_item(size, pixels, None)
+        return Fetched(known, lambda: replace(known, data=Image.frombytes("RGB", size, pixels)))
+
     def _from_object(self, modality: Modality, value: Any, sampling: VideoSampling) -> MediaItem:
         if modality == "audio":
             return self._audio(value)
@@ -126,8 +142,11 @@ class Fetcher:
         )
 
     def _image(self, image: Image.Image) -> MediaItem:
-        width, height = image.size
-        digest = media_digest(self._hasher, "image", ("RGB", height, width), image.tobytes())
+        return self._image_item(image.size, image.tobytes(), image)
+
+    def _image_item(self, size: tuple[int, int], pixels: bytes, image: Image.Image | None) -> MediaItem:
+        width, height = size
+        digest = media_digest(self._hasher, "image", ("RGB", height, width), pixels)
         return MediaItem("image", digest, image, {"width": width, "height": height})
 
     def _video(self, video: Video) -> MediaItem:
@@ -144,6 +163,16 @@ class Fetcher:
         samples, rate = _samples_of(value)
         digest = media_digest(self._hasher, "audio", ("float32", len(samples), rate), samples.data)
         return MediaItem("audio", digest, samples, {"sample_rate": rate, "samples": len(samples)})
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is an RGB image in memory. One that was opened from a file may have to be loaded yet."""
+    return isinstance(value, Image.Image) and not isinstance(value, ImageFile.ImageFile) and value.mode == "RGB"
+
+
+def is_quick(value: Any) -> bool:
+    """Whether `fetch` takes so little time that another thread would not begin sooner."""
+    return is_plain(value) and value.width * value.height <= QUICK_PIXELS
 
 
 def decode_data_url(url: str, modality: Modality, limit: int) -> bytes:

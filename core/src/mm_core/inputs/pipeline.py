@@ -1,59 +1,61 @@
 """Requests to prepared requests, in threads, while the GPU works on others.
 
-One thread takes one request from prompt to ids, media and positions; the media of a request may be
-spread over idle threads. Preprocessed media are cached by media key and shared while in flight.
+One thread takes all requests from prompt to ids, media and positions, as far as that is Python; the
+media of a request are decoded and preprocessed by a pool of threads. Preprocessed media are cached by
+media key and shared while in flight.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mm_core.config import EngineConfig, SamplingParams
-from mm_core.errors import (
-    EngineClosedError,
-    InvalidParamsError,
-    MediaNotCachedError,
-    PluginError,
-    RequestError,
-    TooManyMediaError,
-)
-from mm_core.hashing import encode_fields, get_hasher, media_key
+from mm_core.errors import EngineClosedError, InvalidParamsError, PluginError, RequestError, TooManyMediaError
+from mm_core.hashing import encode_fields, get_hasher, prompt_block_keys
 from mm_core.hookspecs import Fusion, MediaRequest, Processor
-from mm_core.inputs.caches import LruMap, ProcessorCache, ProcessorCacheStats
-from mm_core.inputs.fetch import Fetched, Fetcher
-from mm_core.inputs.messages import Given, GivenItem, PromptLike, check_salt, read_prompt
-from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, too_long
+from mm_core.inputs.caches import ProcessorCacheStats
+from mm_core.inputs.coordinator import Coordinator, Steps, nobody
+from mm_core.inputs.features import MediaJob, MediaLoader
+from mm_core.inputs.messages import Given, PromptLike, check_salt, read_prompt
+from mm_core.inputs.pinning import Pinner
+from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, is_long, too_long
 from mm_core.media.decode import MediaLimits
 from mm_core.media.video import VideoSampling
-from mm_core.types import MediaFeature, MediaItem, Modality, PlaceholderRange, PreparedRequest
+from mm_core.tracing import Span, SpanRecorder
+from mm_core.types import MediaFeature, Modality, PlaceholderRange, PreparedRequest
 
-MAX_NAMES = 65536
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
 MAX_THREADS = 8
+MAX_WARM = 256
 
-Name = tuple[str | None, Modality, str, str]  # (salt, modality, uuid, frame sampling)
+_ANY_SAMPLING = VideoSampling()  # of requests without videos
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What all items of one request share."""
+class _Ask:
+    """A request as it came; about: what its spans tell."""
 
-    request: MediaRequest
-    salt: str | None
-    namespace: bytes
-    sampling: VideoSampling
+    request_id: str
+    prompt: PromptLike
+    params: SamplingParams
+    template: bool | None
     allow_paths: bool
+    about: dict[str, Any] = field(init=False)
 
-
-def _name(job: _Job, modality: Modality, uuid: str) -> Name:
-    """What a uuid stands for: of a video, the frames that these settings pick."""
-    return job.salt, modality, uuid, repr(job.sampling) if modality == "video" else ""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "about", {"request_id": self.request_id, "media": 0})
 
 
 @dataclass(eq=False)
@@ -62,7 +64,9 @@ class InputPipeline:
 
     family: the family's name. checkpoint_identity: `Checkpoint.identity`. vocab_size: width of the
     logits. stop_token_ids: what ends an answer, e.g. `eos_token_ids(...)`; the processor's own are
-    added.
+    added. pin_for: put features into pinned memory, from which this GPU copies by itself. recorder:
+    gets a span a request. give_way: called before each stretch of Python, to let more urgent
+    threads go first.
     """
 
     processor: Processor
@@ -73,19 +77,29 @@ class InputPipeline:
     vocab_size: int
     max_model_len: int
     stop_token_ids: Iterable[int] = ()
+    pin_for: torch.device | None = None
+    give_way: Callable[[], None] = nobody
+    recorder: SpanRecorder | None = None
 
     def __post_init__(self) -> None:
         config = self.config
         self._hasher = get_hasher(config.hash_algorithm)
         limits = MediaLimits(max_image_pixels=config.max_image_pixels, max_video_frames=config.max_video_frames)
-        self._fetcher = Fetcher(self._hasher, limits)
-        self._cache = ProcessorCache(config.processor_cache_size)
-        self._names: LruMap[Name, MediaItem] = LruMap(MAX_NAMES)
         self._renderer = PromptRenderer(self.processor, self.family, self.vocab_size, self.max_model_len)
+        pinner = Pinner(self.pin_for, config.processor_cache_size)
+        self._media = MediaLoader(
+            self.processor, self.family, self._hasher, limits, config.processor_cache_size, pinner, self._in_pool,
+            self.give_way,
+        )  # fmt: skip
         own = self.processor.default_sampling().stop_token_ids
         self._stop_ids = frozenset(self.stop_token_ids) | frozenset(own)
+        kv_config = config.kv_cache_config
+        self._block_size: int = kv_config.block_size if kv_config.enable_block_reuse else 0
+        self._plain_checked = False
         threads = config.preprocess_threads or min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mm-inputs")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mm-media", initializer=pinner.start_thread)
+        pinner.warm(min(config.max_num_seqs, MAX_WARM))
+        self._coordinator = Coordinator("mm-inputs", self.give_way)
 
     def submit(
         self,
@@ -96,51 +110,119 @@ class InputPipeline:
         *,
         allow_paths: bool = True,
     ) -> Future[PreparedRequest]:
-        """Prepare one request in the pool; its errors (RequestError) come through the future.
+        """Prepare one request; its errors (RequestError) come through the future.
 
         prompt: a str, a TextPrompt, a dict with its keys, chat messages, or a ChatPrompt.
         allow_paths=False: media given as str must be `data:` URLs (requests from a network).
         Raises EngineClosedError after close().
         """
-        work = (request_id, prompt, params or SamplingParams(), apply_chat_template, allow_paths)
+        ask = _Ask(request_id, prompt, params or SamplingParams(), apply_chat_template, allow_paths)
+        steps = self._prepare(ask)
         try:
-            return self._pool.submit(self._prepare, *work)
+            return self._coordinator.submit(steps if self.recorder is None else self._recorded(ask, steps))
         except RuntimeError:
             raise EngineClosedError("The engine was closed. Create a new one.") from None
 
     def stats(self) -> ProcessorCacheStats:
         """The processor cache's counters."""
-        return self._cache.stats()
+        return self._media.cache.stats()
 
     def close(self) -> None:
-        """Cancel what has not started, and wait for what has."""
+        """Cancel what waits, for its turn or for media not begun, and wait for what runs."""
+        self._coordinator.refuse()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._coordinator.close()
 
-    def _prepare(
-        self, request_id: str, prompt: PromptLike, params: SamplingParams, template: bool | None, allow_paths: bool
-    ) -> PreparedRequest:
-        given = read_prompt(prompt, self.family, self.processor.modalities)
+    def _prepare(self, ask: _Ask) -> Steps[PreparedRequest]:
+        given = read_prompt(ask.prompt, self.family, self.processor.modalities)
+        ask.about["media"] = len(given.items)
         check_salt(given.cache_salt)
-        self._check_params(params)
+        self._check_params(ask.params)
         counts = count_items(given)
         self._check_counts(counts)
-        guarded(self.family, "check_kwargs", lambda: self.processor.check_kwargs(given.processor_kwargs))
-        ids = self._renderer.render(given, template)
-        features = self._features(given, MediaRequest(counts, given.processor_kwargs), allow_paths)
+        self._check_kwargs(given.processor_kwargs)
+        if is_long(given):
+            ids = yield from self._apart("tokenize", lambda: self._renderer.render(given, ask.template))
+        else:
+            ids = self._renderer.render(given, ask.template)
+        features: list[MediaFeature] = []
+        if given.items:
+            self.give_way()
+            features = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask.allow_paths)
+            self.give_way()
+        return self._put_together(ask, given.cache_salt, ids, features)
+
+    def _put_together(
+        self, ask: _Ask, salt: str | None, ids: list[int], features: list[MediaFeature]
+    ) -> PreparedRequest:
         ids, ranges = self._renderer.expand(ids, features)
         if len(ids) + 1 > self.max_model_len:
             raise too_long(len(ids), self.max_model_len)
         positions, delta = self._positions(ids, ranges)
         return PreparedRequest(
-            request_id=request_id,
+            request_id=ask.request_id,
             token_ids=tuple(ids),
-            params=params,
+            params=ask.params,
             ranges=ranges,
             positions=positions,
             decode_delta=delta,
-            cache_salt=given.cache_salt,
+            cache_salt=salt,
             stop_token_ids=self._stop_ids,
+            block_size=self._block_size,
+            block_keys=self._block_keys(ids, ranges, positions, salt),
         )
+
+    def _apart(self, name: str, work: Callable[[], T]) -> Steps[T]:
+        """Do something in the pool, and wait for it."""
+        done = self._in_pool(name, work)
+        yield done
+        return done.result()
+
+    def _in_pool(self, name: str, work: Callable[[], T]) -> Future[T]:
+        try:
+            return self._pool.submit(work if self.recorder is None else lambda: self._timed(name, work))
+        except RuntimeError:
+            raise EngineClosedError("The engine was closed before the request was ready.") from None
+
+    def _recorded(self, ask: _Ask, steps: Steps[T]) -> Steps[T]:
+        """A request's steps, each with a span on track 0, that of the thread that runs them all."""
+        while True:
+            start = time.perf_counter_ns()
+            try:
+                awaited = next(steps)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            finally:
+                self._record(0, start, ask.about)
+            yield awaited
+
+    def _timed(self, name: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter_ns()
+        try:
+            return work()
+        finally:
+            index = int(threading.current_thread().name.rpartition("_")[2]) + 1
+            self._record(index, start, {"part": name})
+
+    def _record(self, thread: int, start_ns: int, about: Mapping[str, Any]) -> None:
+        if self.recorder is not None:
+            self.recorder.add(Span(f"preprocess {thread}", "preprocess", start_ns, time.perf_counter_ns(), about))
+
+    def _block_keys(
+        self, ids: Sequence[int], ranges: Sequence[PlaceholderRange], positions: Any, salt: str | None
+    ) -> tuple[bytes, ...]:
+        """Keys of the prompt's blocks, as the scheduler would compute them; no `kv_context` so far."""
+        if not self._block_size:
+            return ()
+        media = [(r.feature.key, r.offset, r.end) for r in ranges]
+        context = encode_fields((salt, b""))
+        return prompt_block_keys(self._hasher, self._block_size, ids, media, context, positions)
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """The plugin's check; that no options at all are right needs to be asked only once."""
+        if kwargs or not self._plain_checked:
+            guarded(self.family, "check_kwargs", lambda: self.processor.check_kwargs(kwargs))
+            self._plain_checked = self._plain_checked or not kwargs
 
     def _check_params(self, params: SamplingParams) -> None:
         """What SamplingParams cannot check without the vocabulary."""
@@ -175,82 +257,17 @@ class InputPipeline:
             )
         return positions, int(delta)
 
-    def _features(self, given: Given, request: MediaRequest, allow_paths: bool) -> list[MediaFeature]:
-        """Features of all items, in the order given: those with content first, then named ones."""
-        if not given.items:
-            return []
+    def _features(self, given: Given, request: MediaRequest, allow_paths: bool) -> Steps[list[MediaFeature]]:
+        """Features of all items, in the order given."""
         settings = self.processor.settings_key
         namespace = encode_fields((given.cache_salt, self.family, self.checkpoint_identity, settings))
-        job = _Job(request, given.cache_salt, namespace, self._sampling(request), allow_paths)
-        fresh = [index for index, item in enumerate(given.items) if item.value is not None]
-        loaded = dict(zip(fresh, self._load_all([given.items[i] for i in fresh], job), strict=True))
-        for index, (media, _) in loaded.items():
-            uuid = given.items[index].uuid
-            if uuid is not None:
-                self._names.put(_name(job, media.modality, uuid), replace(media, data=None))
-        return [
-            loaded[index][1] if index in loaded else self._recall(item, job) for index, item in enumerate(given.items)
-        ]
-
-    def _load_all(self, items: Sequence[GivenItem], job: _Job) -> list[tuple[MediaItem, MediaFeature]]:
-        """Load items, on idle threads too.
-
-        This thread takes the first item, and then every item that no other thread has begun: it
-        waits only for work that is running, so a pool full of requests cannot block itself.
-        """
-        others: list[Future[tuple[MediaItem, MediaFeature]]] = []
-        with contextlib.suppress(RuntimeError):  # closing: nothing new starts in the pool, this request still finishes
-            others = [self._pool.submit(self._load, item, job) for item in items[1:]]
+        sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
+        job = MediaJob(request, given.cache_salt, namespace, sampling, allow_paths)
         try:
-            loaded = [self._load(item, job) for item in items[:1]]
-            for index, item in enumerate(items[1:]):
-                other = others[index] if index < len(others) else None
-                mine = other is None or other.cancel()
-                loaded.append(self._load(item, job) if mine or other is None else other.result())
-        finally:
-            for other in others:
-                other.cancel()
-        return loaded
-
-    def _load(self, given: GivenItem, job: _Job) -> tuple[MediaItem, MediaFeature]:
-        """One item with content: recognise it, then find or make its feature."""
-        try:
-            fetched = self._fetcher.fetch(given.modality, given.value, job.sampling, allow_paths=job.allow_paths)
-            key, variant = self._key(fetched.item, given.uuid, job)
-            return fetched.item, self._cache.get_or_prepare(key, lambda: self._make(fetched, variant, key))
+            return (yield from self._media.load(given.items, job))
         except RequestError as error:
             error.param = error.param or "multi_modal_data"
             raise
-
-    def _recall(self, given: GivenItem, job: _Job) -> MediaFeature:
-        """The feature of the latest content given under a uuid, in the same salt."""
-        media = self._names.get(_name(job, given.modality, given.uuid or ""))
-        feature = None
-        if media is not None:
-            key, _ = self._key(media, given.uuid, job)
-            feature = self._cache.get(key)
-        if feature is None:  # never seen, evicted, or another salt's: one reply for all
-            raise MediaNotCachedError(
-                f"The content of the {given.modality} named by uuid is not cached. "
-                "Send the request again with the content.",
-                param="multi_modal_uuids",
-            )
-        return feature
-
-    def _key(self, media: MediaItem, uuid: str | None, job: _Job) -> tuple[bytes, bytes]:
-        """The media key, and the variant in it."""
-        variant = guarded(self.family, "variant", lambda: self.processor.variant(media, job.request))
-        return media_key(self._hasher, job.namespace, variant, media.digest, uuid), variant
-
-    def _make(self, fetched: Fetched, variant: bytes, key: bytes) -> MediaFeature:
-        item = fetched.item if fetched.item.data is not None else fetched.load()
-        feature = guarded(self.family, "prepare", lambda: self.processor.prepare(item, variant))
-        if not isinstance(feature, MediaFeature) or feature.modality != item.modality or feature.num_tokens < 1:
-            raise PluginError(
-                f"Processor of plugin {self.family!r}: prepare() did not give a MediaFeature of modality "
-                f"{item.modality!r} with at least one row. Report it to the plugin's author."
-            )
-        return replace(feature, key=key)
 
     def _sampling(self, request: MediaRequest) -> VideoSampling:
         ask: Callable[[MediaRequest], VideoSampling] | None = getattr(self.processor, "video_sampling", None)

@@ -18,6 +18,8 @@ from mm_core.types import MediaFeature, Modality, PlaceholderRange
 
 Ids = list[int]
 
+LONG_TEXT = 4096  # characters
+
 
 class PromptRenderer:
     """Text, ids or messages to prompt ids with one placeholder id an item. Thread-safe.
@@ -74,27 +76,38 @@ class PromptRenderer:
         Items without a placeholder (prompts accepted as they stand) come first. Ranges are in
         prompt order. Raises PluginError where an expansion breaks the contract.
         """
+        places = self._placeholders_in(ids)
         waiting: dict[Modality, list[MediaFeature]] = {}
         for feature in reversed(features):
             waiting.setdefault(feature.modality, []).append(feature)
         out: Ids = []
         ranges: list[PlaceholderRange] = []
-        if not any(i in self._placeholder_ids for i in ids):
+        if not places:
             for feature in features:
                 self._append(feature, out, ranges)
-            waiting.clear()
-        for token in ids:
-            queue = waiting.get(self._placeholder_ids[token]) if token in self._placeholder_ids else None
-            if queue:
+        begin = 0
+        for place, modality in places:
+            if queue := waiting.get(modality):
+                out += ids[begin:place]
                 self._append(queue.pop(), out, ranges)
-            else:
-                out.append(token)
+                begin = place + 1
+        out += ids[begin:]
         return out, tuple(ranges)
+
+    def _placeholders_in(self, ids: Ids) -> list[tuple[int, Modality]]:
+        """Where placeholders stand, from left to right; found by the list's own search, not token by token."""
+        found: list[tuple[int, Modality]] = []
+        for token, modality in self._placeholder_ids.items():
+            place = -1
+            for _ in range(ids.count(token)):
+                place = ids.index(token, place + 1)
+                found.append((place, modality))
+        return sorted(found)
 
     def _append(self, feature: MediaFeature, out: Ids, ranges: list[PlaceholderRange]) -> None:
         token_ids, is_media = guarded(self._family, "expand", lambda: self._processor.expand(feature))
-        mask = tuple(bool(m) for m in is_media)
-        rows = sum(mask)
+        mask = _as_mask(is_media)
+        rows = mask.count(True)
         cross = not mask and not token_ids  # cross-attention: rows, and no tokens that stand for them
         if len(token_ids) != len(mask) or (rows != feature.num_tokens and not cross):
             raise PluginError(
@@ -114,10 +127,8 @@ class PromptRenderer:
 
     def _check_placeholders(self, ids: Ids, counts: Mapping[Modality, int], verbatim: str | None) -> None:
         found: dict[Modality, int] = {}
-        for token in ids:
-            modality = self._placeholder_ids.get(token)
-            if modality is not None:
-                found[modality] = found.get(modality, 0) + 1
+        for _, modality in self._placeholders_in(ids):
+            found[modality] = found.get(modality, 0) + 1
         if found == dict(counts):
             return
         if not found and verbatim is not None and self._processor.accepts_verbatim(verbatim, counts):
@@ -172,13 +183,23 @@ class PromptRenderer:
         size = 8 * self._max_model_len
         while size < len(text):
             # A cut may split a token or two, never hundreds.
-            if len(self._backend.encode(text[:size], add_special_tokens=False).ids) > self._max_model_len + 256:
+            if len(self._tokenize(self._backend, text[:size])) > self._max_model_len + 256:
                 return True
             size *= 4
         return False
 
+    def _tokenize(self, backend: Any, text: str, *, add_special_tokens: bool = False) -> Ids:
+        """Ids of a text. The library keeps the interpreter's lock for a single text, however long (20 ms for
+        50,000 characters), and lets go of it for a list; for a short one the list takes longer."""
+        if len(text) < LONG_TEXT:
+            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (encoding,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: Ids = encoding.ids
+        return ids
+
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> Ids:
-        ids: Ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._tokenize(self._backend, text, add_special_tokens=add_special_tokens)
         if ids and max(ids) >= self._vocab_size:
             raise InvalidPromptError(
                 f"The prompt holds token {max(ids)}; the model knows {self._vocab_size}. Leave that special token out.",
@@ -228,7 +249,7 @@ class PromptRenderer:
 
     def _literal_ids(self, text: str) -> Ids:
         """Ids of plain text: no special token among them, whatever the text spells."""
-        ids: Ids = self._literal.encode(text, add_special_tokens=False).ids
+        ids = self._tokenize(self._literal, text)
         if self._control_ids.isdisjoint(ids):
             return ids
         # Vocabularies that hold special tokens as ordinary pieces: cut each spelling after its first character.
@@ -236,6 +257,18 @@ class PromptRenderer:
         cut = re.sub(spellings, lambda m: m[0][0] + "\ue000" + m[0][1:], text)
         parts = (self._literal.encode(part, add_special_tokens=False).ids for part in cut.split("\ue000"))
         return [i for part in parts for i in part if i not in self._control_ids]
+
+
+def _as_mask(is_media: Sequence[bool]) -> tuple[bool, ...]:
+    """What a plugin gave as bools. Thousands of True in a tuple, the usual case, are not looked at one by one."""
+    if type(is_media) is tuple and is_media.count(True) + is_media.count(False) == len(is_media):
+        return is_media
+    return tuple([bool(m) for m in is_media])
+
+
+def is_long(given: Given) -> bool:
+    """Whether rendering takes so long that others should not wait for it."""
+    return sum(map(len, _texts_of(given.messages or ()))) + len(given.text or "") >= LONG_TEXT
 
 
 def count_items(given: Given) -> dict[Modality, int]:

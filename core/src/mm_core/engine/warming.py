@@ -1,0 +1,72 @@
+"""Kernels of an engine compiled while its model is being loaded (GPU only)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from mm_core.config import EngineConfig
+from mm_core.engine.startup import StartupTimes
+from mm_core.hookspecs import BuildContext, Decoder, Encoder
+from mm_core.runner.memory import KVCache, kv_dtype, out_of_memory
+from mm_core.runner.rehearsal import Rehearsal, Sizes
+from mm_core.runner.runner import ModelRunner, RunnerLimits
+from mm_core.runner.warmup import KernelCompiler, Steps, WarmUp, rehearse
+from mm_core.types import MediaFeature
+
+logger = logging.getLogger(__name__)
+
+_BLOCKS = 256  # of the KV cache that the steps share
+_PACKS = (1, 2, 4)  # items encoded together
+_ROWS = 16  # of the encoder, where only graphs are captured
+
+SMALLER_STEP = "Lower max_num_batched_tokens, encoder_budget, encoder_cache_tokens or max_num_seqs."
+
+
+class EngineWarmUp:
+    """A small runner of the same modules goes through made-up steps.
+
+    Text first, which needs no tokenizer; then media; at last everything runs with the weights.
+    """
+
+    def __init__(
+        self, config: EngineConfig, family: str, decoder: Decoder, encoder: Encoder, context: BuildContext
+    ) -> None:
+        kv_config, device, length = config.kv_cache_config, context.device, context.max_model_len
+        num_blocks = min(config.max_num_seqs, _BLOCKS) + 1
+        tokens = config.max_num_batched_tokens
+        sizes = Sizes(config.max_num_seqs, tokens, length, kv_config.block_size, num_blocks, decoder.position_axes)
+        self._rehearsal = Rehearsal(sizes)
+        self._media: Steps = ()
+        self._warm_up = WarmUp(KernelCompiler(device), [encoder, decoder])
+        with out_of_memory("warming up", SMALLER_STEP):
+            kv = KVCache(
+                decoder.kv_specs, num_blocks, kv_config.block_size, kv_dtype(kv_config, context.dtype), device
+            )
+            limits = RunnerLimits(config.max_num_seqs, length, config.encoder_cache_tokens, tokens, cuda_graphs=False)
+            self._runner = ModelRunner(decoder, encoder, kv, family, device, limits)
+            limits = RunnerLimits(config.max_num_seqs, length, _ROWS, tokens, config.cuda_graphs)
+            self._capturer = ModelRunner(decoder, encoder, kv, family, device, limits)
+
+    def begin_text(self, startup: StartupTimes) -> None:
+        """Begin to compile what the decoder and sampling need, alone and within graphs."""
+        with startup.part("kernels: text", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
+            self._warm_up.begin(rehearse(self._runner, self._rehearsal.text_steps()))
+            # Captured from unfinished steps: good for finding their kernels, never to be replayed.
+            self._warm_up.begin([self._capturer.capture_graphs], once=True)
+            del self._capturer
+
+    def begin_media(self, startup: StartupTimes, features: Sequence[MediaFeature]) -> None:
+        """Begin to compile what the encoder needs for such items."""
+        with startup.part("kernels: media", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
+            batches = [batch for f in features for batch in self._rehearsal.media_steps(f, _PACKS)]
+            self._media = rehearse(self._runner, batches)
+            self._warm_up.begin(self._media)
+
+    def finish(self, startup: StartupTimes) -> None:
+        """Wait until the kernels are there, run all steps with the weights, and free what it took."""
+        with startup.part("kernels: rest", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
+            count = self._warm_up.finish(whole=self._media)
+            self._media = ()
+            del self._runner
+        logger.info("%d kernels compiled or loaded", count)
