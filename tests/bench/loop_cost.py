@@ -53,9 +53,7 @@ class Stub:
 def make_core(batch: int, *, overlap: bool) -> tuple[EngineCore, Stub]:
     """An engine core with room for `batch` sequences of 2,048 tokens."""
     runner = Stub()
-    config = SchedulerConfig(
-        max_num_seqs=batch, max_num_batched_tokens=8192, encoder_budget=32768, max_model_len=4096
-    )
+    config = SchedulerConfig(max_num_seqs=batch, max_num_batched_tokens=8192, encoder_budget=32768, max_model_len=4096)
     pool = BlockPool(batch * 2048 // BLOCK, BLOCK)
     scheduler = Scheduler(config, pool, EncoderCache(32768), get_hasher("xxh3_128"), lambda f: 4 * f.num_tokens)
     return EngineCore(scheduler, runner, 0, overlap), runner  # type: ignore[arg-type]

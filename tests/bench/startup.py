@@ -9,12 +9,14 @@ A listener tells which kernels were still compiled or loaded after the engine wa
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,9 @@ def child(model: str) -> None:
     imported = time.perf_counter() - began
     events: list[str] = []
     triton.knobs.compilation.listener = lambda **found: events.append(
-        f"{found['src'].name}{' (cached)' if found['cache_hit'] else ''}"
-    )
+        ("", "serial ")[not threading.current_thread().name.startswith("mm-core-compile")]
+        + found["src"].name + ("", " (cached)")[found["cache_hit"]]
+    )  # fmt: skip
     log = Log()
     logging.getLogger("mm_core").addHandler(log)
     logging.getLogger("mm_core").setLevel(logging.DEBUG)
@@ -63,6 +66,7 @@ def child(model: str) -> None:
     free, total = torch.cuda.mem_get_info()
     tell({
         "import": imported, "call": called, "startup": stats["startup"], "log": log.lines[:16], "kernels": len(events),
+        "serial": collections.Counter(event for event in events if event.startswith("serial")).most_common(12),
         "kv_tokens": stats["block_size"] * sum(stats["blocks"].values()), "peak": torch.cuda.max_memory_allocated(),
         "used": total - free, "free": free,
     })  # fmt: skip
@@ -186,7 +190,7 @@ def start_fresh(name: str, model: Path, cache: Path) -> None:
         for line in found["log"]:
             print("   |", line)
         sizes = "  ".join(f"{what} {found[what] / 2**30:.2f}" for what in ("peak", "used", "free"))
-        print(f"   KV tokens {found['kv_tokens']:,}  GiB: {sizes}  kernels {found['kernels']}")
+        print(f"   KV tokens {found['kv_tokens']:,}  GiB: {sizes}  kernels {found['kernels']}: {found['serial']}")
     for found in told[1:]:
         print(f"   requests {found['times']}")
         print(f"   after ready: {len(found['late'])} kernels {found['late'][:12]}")
@@ -210,10 +214,15 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from support.real_size import make_dummy_qwen2vl
 
+    from mm_core.bench.models import built_in_models, write_model
+    from mm_core.plugins import PluginRegistry
+
     wanted = args.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "triton"
-        model = make_dummy_qwen2vl(Path(folder), args.size)
+        registry = PluginRegistry()
+        name = f"qwen2-vl-{args.size}"
+        model = write_model(built_in_models(registry)[name], Path(folder) / name)
         for name in ("cold", "warm"):
             if name in wanted:
                 start_fresh(f"{args.size} {name}", model, cache)

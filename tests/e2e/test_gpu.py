@@ -85,9 +85,7 @@ def test_qwen2_vl_7b_with_dummy_weights(tmp_path: Path) -> None:
     path = make_dummy_qwen2vl(tmp_path, "7b")
     with Engine.from_pretrained(path, load_format="dummy", max_model_len=8192) as engine:
         images = [picture(i, 448, 448) for i in range(4)]
-        prompts = [
-            as_prompt(f"<|im_start|>user\n{IMAGE}Question {i}", [images[i % 4]], []) for i in range(16)
-        ]
+        prompts = [as_prompt(f"<|im_start|>user\n{IMAGE}Question {i}", [images[i % 4]], []) for i in range(16)]
         params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
         outputs = engine.generate(prompts, params)
         stats = engine.stats()

@@ -217,7 +217,7 @@ def test_rough_noise_is_near_the_exact_one(backend):
     bits = torch.cat([small, 2**52 - 1 - small, (uniform * 2**52).to(torch.int64), torch.arange(2**15) * 2**37])
     exact, rough = torch.empty(2, len(bits), device=device)
     block = 2**10 if CUDA else 2**14
-    noise_kernel[(len(bits) // block,)](exact, rough, bits.to(device), BLOCK=block)
+    noise_kernel[(len(bits) // block,)](exact, rough, bits.to(device), BLOCK=block, enable_fp_fusion=True)
     expected = -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-52))
     assert (exact.cpu() - expected).abs().max() < 1e-5
     assert (rough.cpu() - expected).abs().max() < 1e-4

@@ -42,6 +42,7 @@ def test_old_sightings_are_forgotten() -> None:
     assert passes.repeats(1024)
 
 
+@pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("limit", [2, 3])
 @pytest.mark.parametrize("own_stream", [False, True])
@@ -73,6 +74,7 @@ def test_replays_equal_the_pass(own_stream: bool, limit: int) -> None:
     assert calls == [3, 3, 5, 5, 8, 8] * (1 if limit == 3 else 4)
 
 
+@pytest.mark.gpu
 @gpu
 @torch.inference_mode()
 def test_a_pass_that_cannot_be_captured_still_runs() -> None:

@@ -14,11 +14,11 @@ from support.tiny import make_tiny_qwen2vl
 
 from mm_core import Engine, KvCacheConfig, SamplingParams
 from mm_core.config import EngineConfig
-from mm_core.engine import loading
+from mm_core.engine import loading, warming
 from mm_core.engine import startup as startup_module
 from mm_core.engine.startup import StartupTimes
 from mm_core.errors import OutOfMemoryError
-from mm_core.hookspecs import KVCacheSpec
+from mm_core.hookspecs import BuildContext, KVCacheSpec
 from mm_core.runner import probe
 from mm_core.runner.memory import block_bytes, count_blocks, is_out_of_memory, out_of_memory
 
@@ -142,15 +142,14 @@ def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, fre
     decoder = SimpleNamespace(position_axes=3, kv_specs=())
     model = SimpleNamespace(
         device=GPU, dtype=torch.bfloat16, max_model_len=64, startup=StartupTimes(), decoder=decoder,
-        processor=SimpleNamespace(modalities=()),
+        examples=(),
     )  # fmt: skip
     with pytest.raises(OutOfMemoryError, match=r"capturing graphs.*free_gpu_memory_fraction.*cuda_graphs=False"):
         loading._capture_graphs(model, config, full)
-    monkeypatch.setattr(loading, "KVCache", _raise_full)
-    with pytest.raises(OutOfMemoryError, match=r"warming up.*max_num_batched_tokens"):
-        loading.begin_warm_up(model, config)
-    with pytest.raises(OutOfMemoryError, match=r"warming up.*encoder_budget"):
-        loading.finish_warm_up(model, SimpleNamespace(finish=_raise_full))
+    monkeypatch.setattr(warming, "KVCache", _raise_full)
+    context = BuildContext(GPU, torch.bfloat16, 64)
+    with pytest.raises(OutOfMemoryError, match=r"warming up.*max_num_batched_tokens.*encoder_budget"):
+        warming.EngineWarmUp(config, "family", decoder, SimpleNamespace(), context)
     monkeypatch.setattr(loading, "resolve_device", lambda config: GPU)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "zeros", _raise_full)

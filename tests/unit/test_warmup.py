@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,9 @@ from support.tiny import make_tiny_qwen2vl
 
 from mm_core.config import EngineConfig
 from mm_core.engine.loading import load_model
+from mm_core.engine.startup import StartupTimes
+from mm_core.engine.warming import EngineWarmUp
+from mm_core.hookspecs import BuildContext
 from mm_core.runner import warmup
 from mm_core.runner.memory import KVCache
 from mm_core.runner.rehearsal import Rehearsal, Sizes, noise_feature
@@ -67,13 +71,13 @@ def compiler(runtime):
 
 def test_recorded_kernels_are_compiled_in_threads_and_not_launched(runtime, compiler):
     kernel = Kernel(runtime)
-    gate = threading.Event()
-    for _ in range(2):
-        compiler._pool.submit(gate.wait)
+    turn = sys.getswitchinterval()
     with compiler.recording():
         for variant in ("a", "b", "a"):
             kernel.launch(variant)
-    gate.set()
+        assert kernel.compiled == {}
+        assert sys.getswitchinterval() < turn
+    assert sys.getswitchinterval() == turn
     assert compiler.wait() == 0
     assert kernel.launched == []
     assert set(kernel.compiled) == {"a", "b"}
@@ -113,8 +117,8 @@ def test_rounds_go_on_until_nothing_is_new(runtime, compiler):
         if kernel.launched:  # what the first one's results lead to
             kernel.launch("second")
 
-    warm = WarmUp(compiler, [], [step])
-    warm.begin()
+    warm = WarmUp(compiler, [])
+    warm.begin([step])
     assert warm.finish() == 2
     assert kernel.launched[-2:] == ["first", "second"]
     assert {name[:7] for name in kernel.compiled.values()} == {"mm-core"}
@@ -123,8 +127,8 @@ def test_rounds_go_on_until_nothing_is_new(runtime, compiler):
 def test_a_kernel_that_does_not_compile_is_left_to_its_launch(runtime, compiler):
     kernel = Kernel(runtime)
     kernel.fails.add("bad")
-    warm = WarmUp(compiler, [], [lambda: kernel.launch("bad"), lambda: kernel.launch("good")])
-    warm.begin()
+    warm = WarmUp(compiler, [])
+    warm.begin([lambda: kernel.launch("bad"), lambda: kernel.launch("good")])
     warm.finish()
     assert compiler.wait() == 1
     assert kernel.launched == ["good"]
@@ -138,10 +142,10 @@ def test_repeated_layers_take_part_until_the_last_steps(runtime, compiler):
     module, seen = torch.nn.ModuleDict({"layers": layers, "mixed": mixed}), []
     before = list(layers)
     names = [name for name, _ in module.named_parameters()]
-    warm = WarmUp(compiler, [module, object()], [lambda: seen.append(len(layers))], [lambda: seen.append(-len(layers))])
-    warm.begin()
+    warm = WarmUp(compiler, [module, object()])
+    warm.begin([lambda: seen.append(len(layers))])
     assert len(layers) == 5
-    warm.finish()
+    warm.finish([lambda: seen.append(-len(layers))])
     assert seen == [2, 2, -5]
     assert list(layers) == before
     assert len(mixed) == 3
@@ -156,8 +160,8 @@ def test_what_cannot_be_recorded_runs_without(runtime, compiler):
             raise TypeError("Object of type JITFunction is not JSON serializable")
         ran.append(True)
 
-    warm = WarmUp(compiler, [], [step])
-    warm.begin()
+    warm = WarmUp(compiler, [])
+    warm.begin([step])
     assert not ran
     warm.finish()
     assert ran == [True]
@@ -173,8 +177,8 @@ def test_a_failing_step_stops_nobody_but_a_full_device_does(runtime, compiler):
         if full:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    warm = WarmUp(compiler, [], [odd, lambda: kernel.launch("a"), hungry])
-    warm.begin()
+    warm = WarmUp(compiler, [])
+    warm.begin([odd, lambda: kernel.launch("a"), hungry])
     full.append(True)
     with pytest.raises(torch.OutOfMemoryError):
         warm.finish()
@@ -199,6 +203,23 @@ def test_made_up_steps_run(tmp_path):
         step()
     assert runner.rows.calls == 2 * 2 * 2
     assert all(float(k.abs().sum()) > 0 for k, _ in kv.caches["self"])
+
+
+def test_an_engine_warms_up_and_lets_go(tmp_path, runtime):
+    """The whole course, without kernels to compile: nothing of it stays, and the model is as it was."""
+    config = EngineConfig(device="cpu", max_model_len=512, max_num_batched_tokens=512, max_num_seqs=4)
+    model = load_model(str(make_tiny_qwen2vl(tmp_path)), config, None)
+    layers, context = len(model.decoder.layers), BuildContext(model.device, model.dtype, model.max_model_len)
+    startup = StartupTimes()
+    warm = EngineWarmUp(config, model.family, model.decoder, model.encoder, context)
+    kv = weakref.ref(warm._runner.kv)
+    warm.begin_text(startup)
+    warm.begin_media(startup, [noise_feature(model.processor, 90)])
+    assert kv() is not None
+    warm.finish(startup)
+    assert kv() is None
+    assert len(model.decoder.layers) == layers
+    assert {"kernels: text", "kernels: media", "kernels: rest"} <= set(startup.seconds)
 
 
 @pytest.mark.parametrize("limits", [(256, 8192, 32768), (1, 16, 16), (4, 2048, 2), (3, 1, 64)])

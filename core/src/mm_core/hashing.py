@@ -134,6 +134,7 @@ def prompt_block_keys(
     places = _block_positions(positions, count, block_size)
     ranges = [(encode_fields((key,)), at, end) for key, at, end in media]
     keys: list[bytes] = []
+    nothing, one = _int_field(0), _int_field(1)
     parent, parent_head, first = ROOT, _bytes_head(len(ROOT)), 0
     for block in range(count):
         start, end = block * block_size, (block + 1) * block_size
@@ -142,9 +143,9 @@ def prompt_block_keys(
         touched = [
             field + _int_field(max(start - at, 0)) for field, at, last in ranges[first:] if at < end and last > start
         ]
-        place = places[block] if places else plain
-        record = (parent_head, parent, ids_head, ids[block * size : block * size + size], context_field, place)
-        parent = hasher(b"".join((*record, _int_field(len(touched)), *touched)))
+        count_field = nothing if not touched else one if len(touched) == 1 else _int_field(len(touched))
+        own, place = ids[block * size : block * size + size], places[block] if places else plain
+        parent = hasher(b"".join((parent_head, parent, ids_head, own, context_field, place, count_field, *touched)))
         if not block:
             parent_head = _bytes_head(len(parent))
         keys.append(parent)

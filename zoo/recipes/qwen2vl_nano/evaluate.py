@@ -70,8 +70,11 @@ def table(result: dict) -> str:
     """The report as Markdown, for the model card."""
     lines = [
         f"{result['per_kind']} held-out questions of each kind; exact match, greedy decoding in float32 by "
-        + ("transformers and by mm-core: every answer is the same." if result["backend"] == "both"
-           else f"`{result['backend']}`."),
+        + (
+            "transformers and by mm-core: every answer is the same."
+            if result["backend"] == "both"
+            else f"`{result['backend']}`."
+        ),
         "",
         "| kind of question | right, % | blank picture, % |",
         "|---|---|---|",

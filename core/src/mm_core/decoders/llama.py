@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mm_core.errors import CheckpointError, ConfigError, NotBuiltError
 from mm_core.hookspecs import BuildContext, KVCacheSpec, WeightMap
+from mm_core.kernels.linear import linear
 from mm_core.layers import (
     Embedding,
     ForwardContext,
@@ -255,7 +255,7 @@ class LlamaDecoder(nn.Module):
             return scores
         if self.packed_head is not None:
             return self.packed_head.linear(hidden, None)
-        return F.linear(hidden, self.embed_tokens.weight)
+        return linear(hidden, self.embed_tokens.weight, None)
 
     def finish_loading(self) -> None:
         """Pack a tied head for the CPU: a copy, because the embedding needs the plain rows."""

@@ -248,9 +248,7 @@ class EngineCore:
         }
 
 
-def _failed(
-    scheduled: Iterable[ScheduledSequence], error: BaseException, media: Iterable[bytes] = ()
-) -> StepResult:
+def _failed(scheduled: Iterable[ScheduledSequence], error: BaseException, media: Iterable[bytes] = ()) -> StepResult:
     """The result of a step that brought nothing but an error."""
     fault = error if isinstance(error, MMError) else EngineError(
         f"The step failed with {type(error).__name__}. The log has the details; the engine serves other requests."

@@ -86,6 +86,7 @@ class _Live:
         counts = Usage(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
+            completion_tokens=text.num_tokens,
             media_tokens=self.media_tokens,
             encoded_media_tokens=self.encoded_tokens,
         )
@@ -173,7 +174,7 @@ class Frontend:
 
     def _begin_queued(self) -> None:
         """Begin to prepare queued requests, in order of arrival, while there is room."""
-        while True:
+        while self._queued:
             with self._lock:
                 if self._closed or not self._queued or self._room <= 0:
                     return

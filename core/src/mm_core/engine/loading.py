@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +92,6 @@ def load_model(
     if device.type == "cuda":
         warm_up = EngineWarmUp(config, owner.family.name, decoder, encoder, context)
         warm_up.begin_text(startup)
-    with startup.part("weights", "Loading weights"), out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL):
-        _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     with startup.part("processor", "Loading the tokenizer"):
         processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
         _check_vocabulary(name, processor, decoder)
@@ -105,6 +100,11 @@ def load_model(
         with startup.part("examples"):
             examples = tuple(f for side in _EXAMPLE_SIDES if (f := noise_feature(processor, side)) is not None)
         warm_up.begin_media(startup, examples)
+    with startup.part("weights", "Loading weights"), out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL):
+        _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if warm_up is not None:
         warm_up.finish(startup)
     family = owner.family.name
     return LoadedModel(
@@ -128,12 +128,12 @@ def _load_tokenizer_beside(checkpoint: LoadedCheckpoint, startup: StartupTimes) 
     """
 
     def load() -> None:
-        start = time.perf_counter()
         try:
-            _ = checkpoint.tokenizer
+            # Under the checkpoint's lock: two threads that import transformers' lazy names at once get an ImportError.
+            with startup.part("background: tokenizer"):
+                _ = checkpoint.tokenizer
         except BaseException:
             logger.debug("the tokenizer could not be loaded ahead", exc_info=True)
-        startup.add("background: tokenizer", time.perf_counter() - start)
 
     threading.Thread(target=load, name="mm-core-tokenizer", daemon=True).start()
 
@@ -222,7 +222,8 @@ def _capture_graphs(model: LoadedModel, config: EngineConfig, runner: ModelRunne
         return
     with model.startup.part("graphs", "Capturing graphs"), out_of_memory("capturing graphs", _SMALLER_GRAPHS):
         free = torch.cuda.mem_get_info(model.device)[0]
-        runner.capture_graphs(model.examples)
+        runner.capture_graphs([f for f in model.examples if f.key == b"448"])
+        runner.reserve(model.examples[-1:], _encoder_budget(config))
         taken = free - torch.cuda.mem_get_info(model.device)[0]
     logger.info("graphs take %.0f MiB", taken / 2**20)
 

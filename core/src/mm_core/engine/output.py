@@ -256,6 +256,11 @@ class RequestText:
         return self._at_end and self._params.logprobs is None
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum([len(answer.token_ids) for answer in self._answers])
+
+    @property
     def skip_special_tokens(self) -> bool:
         """As the request's parameters have it."""
         return self._params.skip_special_tokens
@@ -319,11 +324,12 @@ class RequestText:
         While an answer runs, its text lacks an end that may turn out to begin a stop string.
         """
         outputs = tuple([self._completion(answer) for answer in self._answers])
+        kept = self.num_tokens
         return RequestOutput(
             request_id=self._request.request_id,
             prompt_token_ids=self._request.token_ids,
             outputs=outputs,
-            usage=replace(usage, completion_tokens=sum([len(output.token_ids) for output in outputs])),
+            usage=usage if usage.completion_tokens == kept else replace(usage, completion_tokens=kept),
             finished=all(output.finish_reason is not None for output in outputs),
             metrics=metrics,
         )

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _BLOCKS = 256  # of the KV cache that the steps share
 _PACKS = (1, 2, 4)  # items encoded together
-_ROWS = 16  # of the encoder, where only graphs are captured
 
 SMALLER_STEP = "Lower max_num_batched_tokens, encoder_budget, encoder_cache_tokens or max_num_seqs."
 
@@ -40,21 +39,14 @@ class EngineWarmUp:
         self._media: Steps = ()
         self._warm_up = WarmUp(KernelCompiler(device), [encoder, decoder])
         with out_of_memory("warming up", SMALLER_STEP):
-            kv = KVCache(
-                decoder.kv_specs, num_blocks, kv_config.block_size, kv_dtype(kv_config, context.dtype), device
-            )
+            kv = KVCache(decoder.kv_specs, num_blocks, kv_config.block_size, kv_dtype(kv_config, context.dtype), device)
             limits = RunnerLimits(config.max_num_seqs, length, config.encoder_cache_tokens, tokens, cuda_graphs=False)
             self._runner = ModelRunner(decoder, encoder, kv, family, device, limits)
-            limits = RunnerLimits(config.max_num_seqs, length, _ROWS, tokens, config.cuda_graphs)
-            self._capturer = ModelRunner(decoder, encoder, kv, family, device, limits)
 
     def begin_text(self, startup: StartupTimes) -> None:
-        """Begin to compile what the decoder and sampling need, alone and within graphs."""
+        """Begin to compile what the decoder and sampling need."""
         with startup.part("kernels: text", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
             self._warm_up.begin(rehearse(self._runner, self._rehearsal.text_steps()))
-            # Captured from unfinished steps: good for finding their kernels, never to be replayed.
-            self._warm_up.begin([self._capturer.capture_graphs], once=True)
-            del self._capturer
 
     def begin_media(self, startup: StartupTimes, features: Sequence[MediaFeature]) -> None:
         """Begin to compile what the encoder needs for such items."""

@@ -96,6 +96,7 @@ class InputPipeline:
         kv_config = config.kv_cache_config
         self._block_size: int = kv_config.block_size if kv_config.enable_block_reuse else 0
         self._plain_checked = False
+        self._namespace = self._namespace_of(None)
         threads = config.preprocess_threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mm-media", initializer=pinner.start_thread)
         pinner.warm(min(config.max_num_seqs, MAX_WARM))
@@ -259,8 +260,7 @@ class InputPipeline:
 
     def _features(self, given: Given, request: MediaRequest, allow_paths: bool) -> Steps[list[MediaFeature]]:
         """Features of all items, in the order given."""
-        settings = self.processor.settings_key
-        namespace = encode_fields((given.cache_salt, self.family, self.checkpoint_identity, settings))
+        namespace = self._namespace if given.cache_salt is None else self._namespace_of(given.cache_salt)
         sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
         job = MediaJob(request, given.cache_salt, namespace, sampling, allow_paths)
         try:
@@ -268,6 +268,9 @@ class InputPipeline:
         except RequestError as error:
             error.param = error.param or "multi_modal_data"
             raise
+
+    def _namespace_of(self, salt: str | None) -> bytes:
+        return encode_fields((salt, self.family, self.checkpoint_identity, self.processor.settings_key))
 
     def _sampling(self, request: MediaRequest) -> VideoSampling:
         ask: Callable[[MediaRequest], VideoSampling] | None = getattr(self.processor, "video_sampling", None)

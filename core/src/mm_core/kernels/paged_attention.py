@@ -96,9 +96,7 @@ def paged_attention_triton(
         rows = (q, k_cache, v_cache, block_tables[:singles], cu_seqlens_q[: singles + 1])
         part = None
         if shared is not None and bias is None:
-            part = attend_shared(
-                *rows, shared.members, shared.bounds, shared.lens, max_kv_len=max_kv_len, scale=scale
-            )
+            part = attend_shared(*rows, shared.members, shared.bounds, shared.lens, max_kv_len=max_kv_len, scale=scale)
         decode(
             *rows, kv_lens[:singles], result,
             max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, shared=part,
@@ -106,7 +104,8 @@ def paged_attention_triton(
     if singles == count:
         return result
     tables, bounds, lens = block_tables[singles:], cu_seqlens_q[singles:], kv_lens[singles:]
-    if fresh is not None and causal and bias is None and packed_pays(q, fresh, k_cache, scale, max_q_len):
+    plain = causal and bias is None
+    if fresh is not None and plain and packed_pays(q, fresh, k_cache, scale, max_q_len, max_kv_len):
         packed(
             q, *fresh, bounds, result, max_seqlen=max_q_len, scale=scale, causal=True,
             caches=(k_cache, v_cache), block_tables=tables, kv_lens=lens, first_row=singles,

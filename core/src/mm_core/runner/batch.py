@@ -148,9 +148,7 @@ class BatchBuilder:
                     ids.append(-1 - s.seq.slot)
         return np.fromiter(ids, np.int32, total)
 
-    def _positions(
-        self, scheduled: Sequence[ScheduledSequence], after: np.ndarray[Any, Any], bounds: Ints
-    ) -> Ints:
+    def _positions(self, scheduled: Sequence[ScheduledSequence], after: np.ndarray[Any, Any], bounds: Ints) -> Ints:
         """[axes, T]: the request's own positions in its prompt, index + decode_delta after it."""
         out = np.empty((self._axes, len(after)), np.int32)
         out[:] = after

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # A CPU is 10 to 20 % slower where a pack's activations outgrow its caches (measured with 1,024 to
 # 8,192 patches of width 512); below, larger packs save calls.
 _CPU_PACK_COST = 4096
-_REHEARSED = (1, 2, 4)  # items of one size together
+_REHEARSED = (1, 2, 4, 8, 16)  # items of one size together
 
 
 class EncoderRows:
@@ -64,6 +64,15 @@ class EncoderRows:
                 for count in _REHEARSED:
                     for _ in range(3):
                         self._encoder([self._on_device(feature)] * count)
+
+    def reserve(self, examples: Sequence[MediaFeature], budget: int) -> None:
+        """Run as many of each example as the budget allows, so that torch holds the memory they take."""
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            for feature in examples:
+                count = max(budget // max(self._encoder.cost(feature), 1), 1)
+                self._encoder([self._on_device(feature)] * count)
 
     def release(self) -> None:
         """Drop all rows and the encoder."""

@@ -84,9 +84,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
 
 
-def count_blocks(
-    config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure: Callable[[], int]
-) -> int:
+def count_blocks(config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure: Callable[[], int]) -> int:
     """Blocks of the KV cache.
 
     On a GPU: the share `free_gpu_memory_fraction` of what is free beside the weights, less what one

@@ -97,5 +97,5 @@ def _run_decoder(decoder: Decoder, config: EngineConfig, kv: KVCache, device: to
     context = ForwardContext({spec.name: metadata for spec in decoder.kv_specs}, kv.caches)
     hidden = decoder(embeds, positions.expand(decoder.position_axes, -1).contiguous(), context)
     logits = decoder.logits(hidden[: config.max_num_seqs])
-    # The sampler's worst case sorts a float32 copy: values, indices and probabilities.
+    # What sampling takes at most: float32 copies of the logits, edited ones, and log-probability tables.
     torch.empty((4, *logits.shape), dtype=torch.float32, device=device)

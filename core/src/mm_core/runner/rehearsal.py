@@ -11,6 +11,8 @@ from PIL import Image
 
 from mm_core.config import SamplingParams
 from mm_core.hookspecs import MediaRequest, Processor
+from mm_core.runner.chunk_graphs import ALONE, BESIDE, DECODES
+from mm_core.runner.graphs import ladder
 from mm_core.scheduler.sequence import EncodeItem, ScheduledBatch, ScheduledSequence
 from mm_core.scheduler.sequence import Sequence as SequenceState
 from mm_core.types import MediaFeature, MediaItem, PlaceholderRange, PreparedRequest
@@ -63,21 +65,24 @@ class Rehearsal:
         self._ids = itertools.count(-1, -1)
 
     def text_steps(self) -> Iterator[ScheduledBatch]:
-        """Prefill, decode and mixed steps whose sizes pick other variants of kernels."""
+        """Prefill, decode and mixed steps whose sizes pick other variants of kernels: those of graphs that
+        will be captured, and powers of two."""
         sizes = self._sizes
         short, longest, chunk = min(300, sizes.max_model_len), sizes.max_model_len, sizes.longest_chunk
-        for lengths in ((5,), (17,), (2048,), (chunk,), (256, 293)):
+        for lengths in ((5,), (17,), (2048,), (chunk,), (256, 293), *((size,) for size in ALONE)):
             if max(lengths) <= longest and sum(lengths) <= sizes.max_num_batched_tokens:
                 yield self._batch([], [(0, length) for length in lengths])
         if longest > 200:
             yield self._batch([], [(64, min(100, chunk))])
         most = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)
-        for count in sorted({*(2**i for i in range(most.bit_length())), most}):
-            prompt = min(294, longest, sizes.max_num_batched_tokens - count)
-            for shared in (False, True) if count > 1 else (False,):
+        powers = {2**i for i in range(most.bit_length())}
+        for count in sorted({*ladder(most), *powers}):
+            for shared in (False, True) if count in powers and count > 1 else (False,):
                 yield self._batch([short] * (count - 1) + [longest], [], shared=shared)
-                if count < sizes.max_num_seqs and prompt > 1:
-                    yield self._batch([short] * count, [(0, prompt)], shared=shared)
+        for count, size in itertools.product(DECODES, BESIDE):
+            fits = count + size <= sizes.max_num_batched_tokens and size <= longest
+            if fits and count < sizes.max_num_seqs:
+                yield self._batch([short] * count, [(0, size)])
         yield self._batch([short] * min(8, most), [], _SAMPLED)
 
     def media_steps(self, feature: MediaFeature, counts: Sequence[int]) -> Iterator[ScheduledBatch]:

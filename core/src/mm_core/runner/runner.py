@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from mm_core.runner.memory import KVCache
 from mm_core.runner.sampler import PendingSample, Sampler, SamplingRow
 from mm_core.runner.spans import DeviceSpans
 from mm_core.runner.step import LaunchedStep
-from mm_core.runner.upload import upload
+from mm_core.runner.upload import reserve_pinned, upload
 from mm_core.scheduler.sequence import EncodeItem, SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_core.tracing import SpanRecorder
 from mm_core.types import MediaFeature
@@ -91,6 +92,22 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
         self._graphs = (graphs, chunks)
         self.rows.rehearse(examples)
+
+    @torch.inference_mode()
+    def reserve(self, examples: Sequence[MediaFeature], encoder_budget: int) -> None:
+        """Run steps as large as there can be, which write nothing, so that torch holds the memory they take.
+
+        Asking the system for memory while the device works waits until it is idle: a step that needs more
+        than any before it would stop the steps behind it from being launched.
+        """
+        if self._stream is None:
+            return
+        with self._on_stream():
+            host = largest_batch(self._limits, self.kv.block_size, self._decoder.position_axes, self._builder.width)
+            self._decoder.logits(self._forward(host))
+        self.rows.reserve(examples, encoder_budget)
+        reserve_pinned()
+        torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
         """Drop modules, KV tensors and encoder rows; nothing can run afterwards."""
@@ -211,6 +228,31 @@ class ModelRunner:
         )
         context = ForwardContext({"self": metadata}, self.kv.caches, rows)
         return self._decoder(embeds, positions, context)
+
+
+def largest_batch(limits: RunnerLimits, block_size: int, axes: int, width: int) -> HostBatch:
+    """As many tokens as a step may have, as long chunks of as few sequences as can be, as many of them sampled
+    as can be. Nothing is written: no token has a slot."""
+    tokens = limits.max_num_batched_tokens
+    longest = min(tokens, limits.max_model_len)
+    bounds = np.minimum(np.arange(0, tokens + longest, longest), tokens).astype(np.int32)
+    lens = np.diff(bounds)
+    zeros = np.zeros(tokens, np.int32)
+    blocks = min(-(-longest // block_size), width)
+    return HostBatch(
+        token_ids=zeros,
+        positions=np.zeros((axes, tokens), np.int32),
+        bounds=bounds,
+        kv_lens=lens,
+        slots=zeros - 1,
+        tables=np.zeros((len(lens), blocks), np.int32),
+        sample_rows=zeros[: limits.max_num_seqs],
+        media_rows=zeros[:1],
+        media_from=zeros[:1],
+        num_decodes=0,
+        max_q_len=int(lens.max()),
+        max_kv_len=int(lens.max()),
+    )
 
 
 def _media_keys(batch: ScheduledBatch) -> set[bytes]:

@@ -14,6 +14,9 @@ from mm_core.runner.batch import Ints
 # Each array starts at a multiple of this many values: kernels are compiled for aligned pointers.
 ALIGN = 64
 
+_PINNED_POWERS = range(9, 23)  # 512 bytes to 4 MiB
+_PINNED_EACH = 6
+
 
 def aligned(count: int) -> int:
     """Values an array of `count` takes in a packed buffer."""
@@ -44,6 +47,16 @@ def split(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         views.append(buffer[at : at + count].view(shape))
         at += aligned(count)
     return views
+
+
+def reserve_pinned() -> None:
+    """Make torch hold pinned memory for the copies of a few steps: it keeps sizes that are powers of two."""
+    held = [
+        torch.empty(2**power, dtype=torch.uint8, pin_memory=True)
+        for power in _PINNED_POWERS
+        for _ in range(_PINNED_EACH)
+    ]
+    del held
 
 
 def upload(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 Triton compiles a variant of a kernel where it is first launched, one after the other, about a
 second each. Here a small runner goes through the kinds of steps that requests bring, twice. The
-first time launches of variants that are not there yet are left out, and threads compile them (the
+first time launches of variants that are not there yet are left out; then threads compile them (the
 compiler gives up Python's lock for five sixths of its time). The second time everything runs,
 which also makes libraries choose their algorithms.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ Steps = Sequence[Callable[[], object]]
 
 _MAX_WORKERS = 16
 _MAX_ROUNDS = 3
+_TURN_S = 2e-4
 _ALLOCATE = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
@@ -49,31 +51,35 @@ class KernelCompiler:
         self._device = device
         self._pool = ThreadPoolExecutor(workers or min(_MAX_WORKERS, os.cpu_count() or 1), "mm-core-compile")
         self._seen: set[tuple[int, str]] = set()
+        self._found: list[tuple[Any, str]] = []
         self._jobs: list[Future[None]] = []
         self._recording: int | None = None  # id of the thread
         self._outer: Callable[..., Any] | None = None
 
     @property
     def count(self) -> int:
-        """Variants that were handed to the threads so far."""
-        return len(self._jobs)
+        """Variants that were found missing so far."""
+        return len(self._seen)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, launches of this thread do nothing where their kernel is yet to be compiled.
 
-        New memory is zeroed there: what such a kernel was to write may be used as an index.
+        New memory is zeroed there: what such a kernel was to write may be used as an index. The threads
+        start at the end: beside them, every torch call here would wait for its turn to go on.
         """
         runtime = _triton_runtime()
         self._outer = runtime.jit_cache_hook
         self._recording = threading.get_ident()
         runtime.jit_cache_hook = self._on_missing
         try:
-            with _ZeroedMemory():  # type: ignore[no-untyped-call]
+            with _ZeroedMemory(), _quick_turns():  # type: ignore[no-untyped-call]
                 yield
         finally:
             self._recording = None
             runtime.jit_cache_hook = self._outer
+            self._jobs += [self._pool.submit(self._compile, *found) for found in self._found]
+            self._found.clear()
 
     def wait(self) -> int:
         """Wait for the threads; how many variants could not be compiled.
@@ -97,7 +103,7 @@ class KernelCompiler:
         variant = (id(function), str(call["key"]))
         if variant not in self._seen:
             self._seen.add(variant)
-            self._jobs.append(self._pool.submit(self._compile, function, call["compile"]["specialization_data"]))
+            self._found.append((function, call["compile"]["specialization_data"]))
         return True
 
     def _compile(self, function: Any, description: str) -> None:
@@ -115,6 +121,21 @@ class _ZeroedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result.zero_() if func.overloadpacket in _ALLOCATE else result
 
 
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let threads take turns at Python's lock every 0.2 ms instead of 5.
+
+    Most torch calls give the lock up, and get it back from a thread that imports modules (a tokenizer
+    is loaded beside this) only when its turn is over.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def _triton_runtime() -> Any:
     import triton
 
@@ -124,7 +145,7 @@ def _triton_runtime() -> Any:
 class WarmUp:
     """Goes through steps until they launch nothing new.
 
-    A round is recorded: what it lacks is compiled meanwhile and seen by the next one, which may get
+    A round is recorded: what it lacks is compiled then and seen by the next one, which may get
     further. So the last round, which lacks nothing, ran everything for real. Layers that repeat
     launch the same kernels: of each list of them in `modules` two take part, until the very last
     steps run the modules as they are.
@@ -135,13 +156,12 @@ class WarmUp:
         self._modules = list(modules)
         self._steps: list[Callable[[], object]] = []
 
-    def begin(self, steps: Steps, *, once: bool = False) -> None:
-        """A first round of these steps, which `finish` repeats unless `once`. Weights need not be there
-        yet: no result is looked at."""
+    def begin(self, steps: Steps) -> None:
+        """A first round of these steps, which `finish` repeats. Weights need not be there yet: no result
+        is looked at."""
         with shortened(self._modules):
             self._round(steps)
-        if not once:
-            self._steps += steps
+        self._steps += steps
 
     def finish(self, whole: Steps = ()) -> int:
         """Compile and repeat, lastly the steps of `whole` with all layers; then forget everything. How many

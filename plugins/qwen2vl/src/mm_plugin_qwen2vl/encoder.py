@@ -98,11 +98,9 @@ class VisionConfig:
 
 
 class Segments(NamedTuple):
-    """Which rows attend to each other: bounds [S + 1] int32, on the device and on the host, and the
-    longest segment."""
+    """Which rows attend to each other: bounds [S + 1] int32, and the longest segment."""
 
     bounds: Tensor
-    host_bounds: tuple[int, ...]
     longest: int
 
 
@@ -331,7 +329,7 @@ class Qwen2VLEncoder(nn.Module):
         return DeviceLayout(frames, windows, positions, self._to_device(layout.order), self._to_device(layout.inverse))
 
     def _segments(self, bounds: Array, longest: int) -> Segments:
-        return Segments(self._to_device(bounds), tuple(bounds.tolist()), longest)
+        return Segments(self._to_device(bounds), longest)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[patches, 2] → cos and sin, each [patches, head_dim / 2] float32: rows' part, columns' part."""

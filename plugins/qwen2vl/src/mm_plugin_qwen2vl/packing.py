@@ -7,8 +7,9 @@ from math import prod
 
 from mm_plugin_qwen2vl.layout import Grid
 
-REPEATED = 4096
-"""Patches of a pass of equal items: more do not run faster, and few numbers of items mean few graphs."""
+REPEATED = 16384
+"""Patches of a pass of equal items, which are a power of two, so that there are few graphs. Smaller passes run
+as fast, but a host that launches waits once about a thousand kernels are queued, and a pass has 400."""
 LARGEST = 16384
 """Patches of any other pass, unless one item alone has more: it bounds the memory that a pass takes."""
 

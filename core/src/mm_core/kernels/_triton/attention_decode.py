@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from mm_core.kernels._triton.attention import add_partials, attend, finish, log_sum, split_size
 from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, stride_unit
@@ -72,7 +71,6 @@ def decode_kernel(
     SHARED_BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STEP: tl.constexpr,  # splits and shared keys end at multiples of it
-    MASK_ALL: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     """One program: the GROUP query heads of one key head of one sequence, over one split of its own keys."""
@@ -80,9 +78,7 @@ def decode_kernel(
     stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
     stride_kb, stride_kt, stride_kh = stride_kb * UNIT, stride_kt * UNIT, stride_kh * UNIT
     stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
-    kv_head = tl.program_id(0)
-    seq = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     own = 0
     if SHARED:
         seq, own = shared_by(seq, members_ptr, bounds_ptr, lens_ptr, tl.num_programs(1), BLOCK_S)
@@ -90,15 +86,13 @@ def decode_kernel(
     if tl.load(cu_seqlens_ptr + seq + 1) <= token:
         return
     kv_len = tl.load(kv_lens_ptr + seq)
-    rows = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows
     row_ok = rows < GROUP
     io_mask = row_ok[:, None] & (dims[None, :] < D)
     at = (seq * (tl.num_programs(0) * GROUP) + heads).to(tl.int64)
 
-    lo = own
-    hi = kv_len
+    lo, hi = own, kv_len
     if SPLIT:
         size = split_size(kv_len - own, num_splits, min_keys, STEP)
         lo = own + split * size
@@ -117,18 +111,10 @@ def decode_kernel(
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
     table_ptr += seq.to(tl.int64) * stride_table
-    # The newest token sees every key, so no row needs a causal mask.
-    clear = lo
-    if not MASK_ALL:
-        clear = lo + tl.maximum(hi - lo, 0) // BLOCK_N * BLOCK_N
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-            bias_at, stride_bk, row_ok[:, None], lo, clear, hi, rows, scale,
-            D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, HAS_BIAS, SCALE_LATE, MASKED=False, ALIGN=STEP,
-        )  # fmt: skip
+    # The newest token sees every key: no causal mask. One masked loop is sooner done than a bare one and a rest.
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        bias_at, stride_bk, row_ok[:, None], clear, hi, hi, rows, scale,
+        bias_at, stride_bk, row_ok[:, None], lo, hi, hi, rows, scale,
         D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=STEP,
     )  # fmt: skip
     if SHARED:  # noqa: SIM102 (decided when compiled, unlike the next)
@@ -167,14 +153,11 @@ def combine_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
-    PDL: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """One program: BLOCK_D dims of one head of a sequence of several splits. out = sum_i 2^(lse_i - lse) partial_i."""
-    if PDL:
-        gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1)
     own = 0
@@ -217,7 +200,6 @@ class DecodeTiles(NamedTuple):
     keys: int
     warps: int
     stages: int
-    mask_all: bool = True  # one loop with masks rather than one without and one for the rest
 
 
 def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
@@ -257,8 +239,6 @@ def decode(
     programs = num_seqs * num_kv_heads
     splits, min_keys = num_decode_splits(programs, max_kv_len, processors)
     splits = num_splits or splits
-    # The reduction's launch overlaps the end of the kernel before it, on Hopper and later.
-    early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     partial, lse = out, out
     if splits > 1:
         partial = torch.empty((num_seqs, num_heads, splits, head_size), dtype=torch.float32, device=q.device)
@@ -278,8 +258,7 @@ def decode(
         GROUP=group, D=head_size, BLOCK_M=rows, BLOCK_N=size.keys,
         BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=block_size,
         CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0, SPLIT=splits > 1,
-        SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block,
-        STEP=step, MASK_ALL=size.mask_all, UNIT=unit, **over,
+        SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block, STEP=step, UNIT=unit, **over,
         num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
@@ -287,7 +266,6 @@ def decode(
         dims = min(dims, 32) if num_seqs * num_heads < 2 * processors else dims
         combine_kernel[(num_heads, num_seqs, triton.cdiv(head_size, dims))](
             out, partial, lse, cu_seqlens_q, kv_lens, part.members, part.bounds, part.lens, splits, min_keys,
-            *out.stride()[:2], D=head_size, BLOCK_D=dims, STEP=step, PDL=early, **over,
+            *out.stride()[:2], D=head_size, BLOCK_D=dims, STEP=step, **over,
             BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True,
-            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

@@ -46,9 +46,77 @@ def packed_step(acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, vi
     return acc, rest, new_max, row_sum
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "first_tile", "num_seqs"], do_not_specialize_on_alignment=INTEGERS[:3]
-)
+@triton.jit
+def earlier_keys(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, count, rows, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Adds `count` keys of the paged cache, which every row sees."""
+    clear = count // BLOCK_N * BLOCK_N
+    row_ok = rows[:, None] >= 0
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
+        k_ptr, 0, row_ok, 0, clear, count, rows, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=False, ALIGN=BLOCK_N,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
+        k_ptr, 0, row_ok, clear, count, count, rows, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=True, ALIGN=BLOCK_N,
+    )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def full_tiles(
+    acc, rest, row_max, row_sum, q, q_rest, k_desc, v_desc, k_rest_desc, v_rest_desc, row, end, column, v_column, scale,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Adds the sequence's own keys [0, end), whole tiles that every row sees; its first lies in line `row`."""
+    for start in range(0, end, BLOCK_N):
+        k = k_desc.load([row + start, column])
+        v = v_desc.load([row + start, v_column])
+        k_rest, v_rest = k, v
+        if REST:
+            k_rest = k_rest_desc.load([row + start, column + BLOCK_D])
+            v_rest = v_rest_desc.load([row + start, v_column + BLOCK_D])
+        acc, rest, row_max, row_sum = packed_step(
+            acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, None, scale, REST
+        )
+    return acc, rest, row_max, row_sum
+
+
+@triton.jit
+def last_tiles(
+    acc, rest, row_max, row_sum, q, q_rest, k_ptr, v_ptr, stride_kt, stride_vt, rows, lo, hi, length, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Adds keys [lo, hi) of the sequence's `length`, which not all rows see. What lies past its end may be NaN
+    and is not loaded."""
+    dims = tl.arange(0, BLOCK_D)
+    for start in range(lo, hi, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys[:, None] < length
+        k_at = k_ptr + keys.to(tl.int64)[:, None] * stride_kt
+        v_at = v_ptr + keys.to(tl.int64)[:, None] * stride_vt
+        k = tl.load(k_at + dims[None, :], mask=inside & (dims[None, :] < D), other=0.0)
+        v = tl.load(v_at + dims[None, :], mask=inside & (dims[None, :] < D), other=0.0)
+        k_rest, v_rest = k, v
+        if REST:
+            rest_dims = BLOCK_D + tl.arange(0, REST)
+            mask = inside & (rest_dims[None, :] < D)
+            k_rest = tl.load(k_at + rest_dims[None, :], mask=mask, other=0.0)
+            v_rest = tl.load(v_at + rest_dims[None, :], mask=mask, other=0.0)
+        visible = keys[None, :] < length
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= rows[:, None])
+        acc, rest, row_max, row_sum = packed_step(
+            acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, visible, scale, REST
+        )
+    return acc, rest, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_tiles", "first_tile", "num_seqs"], do_not_specialize_on_alignment=INTEGERS[:3])
 def packed_kernel(
     out_ptr,
     q_ptr,
@@ -126,62 +194,28 @@ def packed_kernel(
         rest = tl.zeros([BLOCK_M, REST], tl.float32)
 
     if PAGED:
-        stride_kcb, stride_kct, stride_kch = stride_kcb * UNIT, stride_kct * UNIT, stride_kch * UNIT
-        stride_vcb, stride_vct, stride_vch = stride_vcb * UNIT, stride_vct * UNIT, stride_vch * UNIT
-        before = tl.load(kv_lens_ptr + seq) - q_len
-        table_ptr += seq.to(tl.int64) * stride_table
-        k_cache_ptr += kv_head.to(tl.int64) * stride_kch
-        v_cache_ptr += kv_head.to(tl.int64) * stride_vch
-        clear = before // BLOCK_N * BLOCK_N
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, k_cache_ptr, v_cache_ptr, table_ptr,
-            stride_kcb, stride_kct, stride_vcb, stride_vct, q_ptr, 0, row_ok, 0, clear, before, rows, scale,
-            D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=False, ALIGN=BLOCK_N,
+        acc, row_max, row_sum = earlier_keys(
+            acc, row_max, row_sum, q, k_cache_ptr + kv_head.to(tl.int64) * stride_kch * UNIT,
+            v_cache_ptr + kv_head.to(tl.int64) * stride_vch * UNIT, table_ptr + seq.to(tl.int64) * stride_table,
+            stride_kcb * UNIT, stride_kct * UNIT, stride_vcb * UNIT, stride_vct * UNIT,
+            tl.load(kv_lens_ptr + seq) - q_len, rows, scale, D, BLOCK_N, BLOCK_D, BLOCK_SIZE,
         )  # fmt: skip
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, k_cache_ptr, v_cache_ptr, table_ptr,
-            stride_kcb, stride_kct, stride_vcb, stride_vct, q_ptr, 0, row_ok, clear, before, before, rows, scale,
-            D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=True, ALIGN=BLOCK_N,
-        )  # fmt: skip
-
     # The sequence's own keys: [0, clear) are visible to every row of the tile, [clear, hi) only to some.
     hi = q_len
     clear = q_len // BLOCK_N * BLOCK_N
     if CAUSAL:
         hi = tl.minimum(first + BLOCK_M, q_len)
         clear = (first + 1) // BLOCK_N * BLOCK_N
-    column = (kv_head * stride_kh).to(tl.int32)
-    v_column = (kv_head * stride_vh).to(tl.int32)
-    for start in range(0, clear, BLOCK_N):
-        k = k_desc.load([q_start + start, column])
-        v = v_desc.load([q_start + start, v_column])
-        k_rest, v_rest = k, v
-        if REST:
-            k_rest = k_rest_desc.load([q_start + start, column + BLOCK_D])
-            v_rest = v_rest_desc.load([q_start + start, v_column + BLOCK_D])
-        acc, rest, row_max, row_sum = packed_step(
-            acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, None, scale, REST
-        )
+    acc, rest, row_max, row_sum = full_tiles(
+        acc, rest, row_max, row_sum, q, q_rest, k_desc, v_desc, k_rest_desc, v_rest_desc, q_start, clear,
+        (kv_head * stride_kh).to(tl.int32), (kv_head * stride_vh).to(tl.int32), scale, BLOCK_D, BLOCK_N, REST,
+    )  # fmt: skip
     k_ptr += q_start.to(tl.int64) * stride_kt + kv_head * stride_kh
     v_ptr += q_start.to(tl.int64) * stride_vt + kv_head * stride_vh
-    for start in range(clear, hi, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        inside = keys[:, None] < q_len
-        k_at = k_ptr + keys.to(tl.int64)[:, None] * stride_kt
-        v_at = v_ptr + keys.to(tl.int64)[:, None] * stride_vt
-        k = tl.load(k_at + dims[None, :], mask=inside & (dims[None, :] < D), other=0.0)
-        v = tl.load(v_at + dims[None, :], mask=inside & (dims[None, :] < D), other=0.0)
-        k_rest, v_rest = k, v
-        if REST:
-            rest_mask = inside & (rest_dims[None, :] < D)
-            k_rest = tl.load(k_at + rest_dims[None, :], mask=rest_mask, other=0.0)
-            v_rest = tl.load(v_at + rest_dims[None, :], mask=rest_mask, other=0.0)
-        visible = keys[None, :] < q_len
-        if CAUSAL:
-            visible = visible & (keys[None, :] <= rows[:, None])
-        acc, rest, row_max, row_sum = packed_step(
-            acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, visible, scale, REST
-        )
+    acc, rest, row_max, row_sum = last_tiles(
+        acc, rest, row_max, row_sum, q, q_rest, k_ptr, v_ptr, stride_kt, stride_vt, rows, clear, hi, q_len, scale,
+        D, BLOCK_D, BLOCK_N, REST, CAUSAL,
+    )  # fmt: skip
     share = 1.0 / row_sum[:, None]
     out_at = out_ptr + at * stride_ot + head * stride_oh
     dtype = out_ptr.dtype.element_ty
@@ -222,12 +256,14 @@ def packable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def packed_pays(
-    q: Tensor, fresh: tuple[Tensor, Tensor], k_cache: Tensor, scale: float, max_q_len: int
+    q: Tensor, fresh: tuple[Tensor, Tensor], k_cache: Tensor, scale: float, max_q_len: int, max_kv_len: int
 ) -> bool:
-    """Whether a chunk of a prompt is better read from `fresh` than from the cache: short ones fill more rows of
-    a tile with the heads of one key head. A cache of another type holds other values than `fresh`."""
+    """Whether chunks of a prompt are better read from `fresh` than from the cache. Short ones, and those after
+    many cached keys, do better with the heads of one key head in one tile. A cache of another type than the
+    model's holds other values than `fresh`."""
     whole = q.shape[2] in (64, 128)
-    return max_q_len >= MIN_CHUNK and whole and k_cache.dtype == q.dtype and packable(q, *fresh, scale)
+    long = max_q_len >= MIN_CHUNK and max_kv_len <= 4 * max_q_len
+    return whole and long and k_cache.dtype == q.dtype and packable(q, *fresh, scale)
 
 
 def packed(

@@ -37,9 +37,7 @@ def find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
 INTEGERS = ["table_ptr", "cu_seqlens_ptr", "kv_lens_ptr", "members_ptr", "bounds_ptr", "lens_ptr"]
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "first_tile", "num_seqs"], do_not_specialize_on_alignment=INTEGERS[:3]
-)
+@triton.jit(do_not_specialize=["num_tiles", "first_tile", "num_seqs"], do_not_specialize_on_alignment=INTEGERS[:3])
 def prefill_kernel(
     out_ptr,
     q_ptr,

@@ -191,14 +191,14 @@ def top_p_ends(
     found = torch.empty((count, width), dtype=torch.int32, device=device)
     steps = piece_steps(count, width, _BLOCK)
     grid = (count, triton.cdiv(width, steps * _BLOCK))
-    sizes = {"PER_UNIT": _PER_UNIT, "BINS": _BINS, "BLOCK": _BLOCK, "num_warps": 4}
+    sizes = {"PER_UNIT": _PER_UNIT, "BINS": _BINS, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": True}
     given = (scores, rows, temperatures, peaks, floors, scores.stride(0), width, steps)
     bin_masses_kernel[grid](bins, *given, **sizes)
-    last_bin_kernel[(count,)](bins, last, before, limits, top_p, BINS=_BINS, num_warps=8)
+    last_bin_kernel[(count,)](bins, last, before, limits, top_p, BINS=_BINS, num_warps=8, enable_fp_fusion=True)
     gather_bin_kernel[grid](found, counts, last, *given, **sizes)
     last_token_kernel[(count,)](
         floors, lasts, found, counts, last, before, limits,
-        scores, rows, temperatures, peaks, scores.stride(0), width, BLOCK=_BLOCK, num_warps=4,
+        scores, rows, temperatures, peaks, scores.stride(0), width, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -106,6 +106,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemvConfig, *, 
         HAS_BIAS=bias is not None,
         EARLY=early,
         num_warps=config.num_warps,
+        enable_fp_fusion=True,
         **launch_options(early),
     )
     return out

@@ -31,6 +31,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mm_core.kernels._triton.launch import launch_options
 
+# Named anew after Triton 3.6
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 GROUP = gl.constexpr(64)  # rows of W that four warps multiply: what the tensor cores take
 
 
@@ -63,11 +67,11 @@ def load_weights(w_desc, w_smem, bar, slot, tile, col, GROUPS: gl.constexpr, GAT
     for group in gl.static_range(GROUPS):
         target = w_smem.index(slot * GROUPS + group)
         if GATED:
-            target = target._reinterpret(w_desc.dtype, w_desc.block_shape, w_desc.layout)
+            target = target.reshape(w_desc.block_shape)
             at = [(tile * GROUPS + group) * (GROUP // 16), 0, 0, col]
-            tma.async_copy_global_to_shared(w_desc, at, bar, target)
+            copy_in(w_desc, at, bar, target)
         else:
-            tma.async_copy_global_to_shared(w_desc, [(tile * GROUPS + group) * GROUP, col], bar, target)
+            copy_in(w_desc, [(tile * GROUPS + group) * GROUP, col], bar, target)
 
 
 @gluon.jit
@@ -93,7 +97,7 @@ def load_all(
     for index in range(ready):
         tile, step = place(index, first, last, k_tiles)
         at = [tile % m_tiles * BLOCK_M, step * BLOCK_K]
-        tma.async_copy_global_to_shared(x_desc, at, full.index(index), x_smem.index(index))
+        copy_in(x_desc, at, full.index(index), x_smem.index(index))
     for index in range(ready, count):
         stage = index % STAGES
         tile, step = place(index, first, last, k_tiles)
@@ -102,7 +106,7 @@ def load_all(
         mbarrier.expect(bar, size)
         load_weights(w_desc, w_smem, bar, stage, tile // m_tiles, step * BLOCK_K, GROUPS, GATED)
         at = [tile % m_tiles * BLOCK_M, step * BLOCK_K]
-        tma.async_copy_global_to_shared(x_desc, at, bar, x_smem.index(stage))
+        copy_in(x_desc, at, bar, x_smem.index(stage))
 
 
 @gluon.jit
@@ -128,7 +132,7 @@ def complete(
     mine = partial_ptr + MINE * size + squares
     # A program has two places: one for the beginning of a tile, one for anything else
     gl.store(mine + (2 * pid + (low > 0).to(gl.int32)) * stride, acc)
-    gl.thread_barrier()
+    barrier()
     count = count_ptr + start * GROUPS + MINE
     last_one = gl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == end - start
     if last_one:
@@ -303,6 +307,7 @@ def hopper(x: Tensor, weight: Tensor, bias: Tensor | None, config: HopperConfig,
         GATED=gated,
         EARLY=config.early,
         num_warps=4,
+        enable_fp_fusion=True,
         **launch_options(config.early),
     )
     return out

@@ -151,5 +151,5 @@ def choose_tokens(
     choose_kernel[(count, pieces)](
         scores, rows, temperatures, launch.keys, floors, lasts, launch.slots, launch.out, launch.last_ids,
         launch.state, scores.stride(0), width, launch.out.shape[1], pieces, steps,
-        EDITED=edited, RANDOM=random, FILTERED=floors is not None, BLOCK=block, num_warps=4,
+        EDITED=edited, RANDOM=random, FILTERED=floors is not None, BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
