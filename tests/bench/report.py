@@ -1,4 +1,4 @@
-"""Put what `mm bench --json` wrote into docs/benchmarks/README.md.
+"""Put what `mm bench --json` wrote into docs/benchmarks/README.md, and the rates into README.md.
 
     python tests/bench/report.py [--check | --plots DIR] [docs/benchmarks/mm-bench-*.json ...]
 
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- mm-bench:begin -->", "<!-- mm-bench:end -->"
 PEER_DEVICE, PEER_MODEL = "H100", "qwen2-vl-7b"
 
@@ -91,8 +92,8 @@ def latency_table(results: Sequence[dict[str, Any]], peers: dict[str, Any]) -> l
     return lines
 
 
-def section(found: dict[str, Any]) -> str:
-    """One file's tables."""
+def section(found: dict[str, Any], short: bool = False) -> str:
+    """One file's tables; short: without those of the phases."""
     facts, measured, peers = found["environment"], found["ceilings"], peers_of(found)
     results = found["results"]
     throughput = [r for r in results if r["kind"] == "throughput"]
@@ -110,17 +111,17 @@ def section(found: dict[str, Any]) -> str:
         parts += ["\n".join(throughput_table(throughput, peers))]
     if latency:
         parts += ["\n".join(latency_table(latency, peers))]
-    if any(r.get("phases") for r in throughput):
+    if not short and any(r.get("phases") for r in throughput):
         parts += ["\n".join(phase_table(throughput))]
     if peers:
         parts.append(f"Peers: {peers['about']}.")
     return "\n\n".join(parts)
 
 
-def updated(text: str, files: Sequence[Path] = ()) -> str:
+def updated(text: str, files: Sequence[Path] = (), short: bool = False) -> str:
     """The page with everything between its markers made anew."""
     given = files or sorted(DOCS.glob("mm-bench-*.json"))
-    sections = [section(json.loads(path.read_text(encoding="utf-8"))) for path in given]
+    sections = [section(json.loads(path.read_text(encoding="utf-8")), short) for path in given]
     body = "\n\n".join([*sections, "Written by `tests/bench/report.py`."]) if sections else "No run is kept here yet."
     head, rest = text.split(BEGIN, 1)
     return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}"
@@ -150,13 +151,14 @@ def main() -> int:
     if arguments.plots is not None:
         draw(arguments.files, arguments.plots)
         return 0
-    page = DOCS / "README.md"
-    text = page.read_text(encoding="utf-8")
-    fresh = updated(text, arguments.files)
-    if arguments.check:
-        return int(fresh != text)
-    page.write_text(fresh, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in (DOCS / "README.md", ROOT / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        fresh = updated(text, arguments.files, short=page.parent == ROOT)
+        stale += fresh != text
+        if not arguments.check:
+            page.write_text(fresh, encoding="utf-8")
+    return int(arguments.check and stale > 0)
 
 
 if __name__ == "__main__":
