@@ -12,7 +12,7 @@ from support.e2e import GREEDY, IMAGE, ask, check_message, settle, turn
 from support.pictures import picture
 
 from mm_core import Engine, KvCacheConfig, MMError, RequestOutput, SamplingParams, TextPrompt
-from mm_core.errors import BatchError, ConfigError, InvalidParamsError, InvalidPromptError
+from mm_core.errors import BatchError, ConfigError, ContextLengthError, InvalidParamsError, InvalidPromptError
 
 TEXT = "The quick brown fox jumps over the lazy"
 LONG = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
@@ -313,3 +313,9 @@ def test_prompt_may_be_media_alone(engine: Engine) -> None:
     output = one(engine, TextPrompt(prompt="", multi_modal_data={"image": picture(7)}))
     assert output.usage.media_tokens == 12
     assert one(engine, TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(7)})).usage.media_tokens == 12
+
+
+def test_far_too_many_ids_are_counted_not_read(engine: Engine) -> None:
+    with pytest.raises(ContextLengthError, match="3000000 tokens"):
+        engine.generate({"prompt_token_ids": [-1] * 3_000_000}, GREEDY)
+    settle(engine)

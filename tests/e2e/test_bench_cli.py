@@ -164,7 +164,8 @@ def test_dataset(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (found,) = json.loads(out.read_text())["results"]
     assert (found["workload"], found["kind"], found["requests"]) == ("asked", mode, 5)
     assert found["tokens"]["output"] == 3 + 5 + 4 + 3 + 5
-    assert found["caches"]["encoded_items"] in (1, 2)  # the warm-up had the first picture
+    caches = found["caches"]  # the warm-up had neither picture
+    assert (caches["encoded_items"], caches["processor_misses"]) == (2, 2)
     assert found["floor_s"]["encode"] > 0
     assert "timeline" not in found
     assert "asked (" in capsys.readouterr().out
@@ -185,6 +186,19 @@ def test_a_model_with_other_rows_is_refused(tiny_path: Path) -> None:
             session.workload(WORKLOADS["image-distinct"])
         found = session.workload(WORKLOADS["text"]).figures  # the engine is as good as new
         assert found["tokens"]["prompt_each"] == [36]
+
+
+def test_no_run_profits_from_an_earlier_one(tiny_path: Path) -> None:
+    settings = Settings(str(tiny_path), {"device": "cpu", "show_progress": False}, 0, False, 16, 2, 112)
+    keys = ("encoded_items", "encoder_hits", "processor_misses")
+    with Session(settings) as session:
+        for name in ("image-reuse-warm", "image-reuse", "image-reuse"):
+            caches = session.workload(WORKLOADS[name]).figures["caches"]
+            assert caches["encoded_items"] == caches["processor_misses"] == int(name == "image-reuse")
+        for name in ("image-reuse-warm", "image-reuse"):
+            found = session.workload(WORKLOADS[name], one_by_one=True).figures
+            assert [found["caches"][key] for key in keys] == [16, 0, 16]
+            assert found["tokens"]["cached"] == 0
 
 
 def test_engine_settings_arrive(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +225,9 @@ def test_engine_settings_arrive(tiny_path: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     "argv",
     [["bench"], ["bench", "speed"], ["bench", "throughput", "--requests", "0"],
-     ["bench", "throughput", "--dataset", "x", "--workload", "text"], ["bench", "latency", "--num-requests", "3"]],
+     ["bench", "throughput", "--dataset", "x", "--workload", "text"], ["bench", "latency", "--num-requests", "3"],
+     ["bench", "latency", "--dataset", "x", "--requests", "3"],
+     ["bench", "throughput", "--dataset", "x", "--image-size", "112"]],
 )  # fmt: skip
 def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

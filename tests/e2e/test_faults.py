@@ -15,7 +15,8 @@ from support.pictures import frames, picture
 from support.tiny import make_tiny_qwen2vl
 
 from mm_core import Engine, KvCacheConfig, MMError, RequestOutput, SamplingParams, TextPrompt
-from mm_core.errors import BatchError, EngineError, MediaNotCachedError, PluginError
+from mm_core.engine import frontend as frontend_module
+from mm_core.errors import BatchError, EngineError, MediaNotCachedError, PluginError, RequestAbortedError
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -233,3 +234,46 @@ def test_an_unusable_device_is_named(path: Path) -> None:
     for device in ("tpu", "nonsense", "cuda:99"):
         with pytest.raises(MMError, match="device="):
             start(path, device=device)
+
+
+def test_a_start_that_fails_late_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = frontend_module.build_core
+
+    def build(*args: Any) -> Any:
+        made.append(weakref.ref(args[0].decoder))
+        return real(*args)
+
+    def fail(*args: Any) -> Any:
+        raise KeyError("of a plugin")
+
+    monkeypatch.setattr(frontend_module, "build_core", build)
+    monkeypatch.setattr(frontend_module, "build_pipeline", fail)
+    threads = threading.active_count()
+    with pytest.raises(KeyError):
+        start(path)
+    gc.collect()
+    assert threading.active_count() == threads
+    assert made[0]() is None
+
+
+def test_aborts_do_not_let_more_preparations_begin(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(path, max_num_seqs=2, preprocess_threads=1) as engine:
+        frontend, go, ended, begun = engine._frontend, threading.Event(), [], []
+        prepare, submit = frontend.model.processor.prepare, frontend.pipeline.submit
+        monkeypatch.setattr(frontend.model.processor, "prepare", lambda *a: (go.wait(20), prepare(*a))[1])
+        monkeypatch.setattr(frontend.pipeline, "submit", lambda *a: (begun.append(a[0]), submit(*a))[1])
+        for i in range(40):
+            prompt = TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(i, 60, 60)})
+            request = frontend.add(prompt, GREEDY, ended.append)
+            while i < 4 and not frontend._live[request].preparing.running():  # type: ignore[union-attr]
+                threading.Event().wait(0.001)
+            frontend.abort(request)
+        assert len(ended) == 40
+        assert all(isinstance(error, RequestAbortedError) for error in ended)
+        assert len(begun) == 4
+        go.set()
+        assert engine.generate("The quick brown fox", GREEDY)[0].finished
+        while frontend._room < 4:
+            threading.Event().wait(0.001)
+        assert frontend._room == 4

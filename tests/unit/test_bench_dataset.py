@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mm_core.bench.dataset import DEFAULT_OUTPUT_TOKENS, read_dataset
+from mm_core.bench.dataset import DEFAULT_OUTPUT_TOKENS, read_dataset, stand_in
+from mm_core.bench.workloads import INSTRUCTION, BenchRequest
 from mm_core.errors import DatasetError
+from mm_core.types import TextPrompt
 
 ENTRIES = [
     {"prompt": "a", "media": ["pictures/one.png", "clip.mp4"], "output_tokens": 5},
@@ -83,3 +87,18 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match="Give a UTF-8 file"):
         read_dataset(folder / "binary", None, None)
+
+
+def test_a_warm_up_has_noise_of_the_same_sizes() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    video = BenchRequest(TextPrompt(prompt="v", multi_modal_data={"video": [b"?"]}), 3)
+    images = BenchRequest(TextPrompt(prompt="i", multi_modal_data={"image": [file.getvalue()] * 2}), 4)
+    broken = BenchRequest(TextPrompt(prompt="b", multi_modal_data={"image": [b"?"]}), 5)
+    found = stand_in([video, images])
+    assert (found.prompt.prompt, found.output_tokens) == ("i", 4)
+    first, second = found.prompt.multi_modal_data["image"]
+    assert first.size == second.size == (40, 30)
+    assert first.tobytes() != second.tobytes()
+    for requests in ([video], [broken, images]):
+        assert stand_in(requests).prompt == TextPrompt(prompt=INSTRUCTION)

@@ -16,6 +16,7 @@ from mm_core.bench import timeline
 from mm_core.bench.analysis import (
     Asked,
     Facts,
+    Measured,
     check_counts,
     difference,
     floors,
@@ -23,10 +24,21 @@ from mm_core.bench.analysis import (
     latencies,
     percentiles,
     phases,
+    summarise,
 )
 from mm_core.bench.device import measure_ceilings
 from mm_core.bench.models import built_in_models, family_of
-from mm_core.bench.work import Ceilings, DecoderSize, RequestSize, Work, decode_steps, prefill_work, span_work
+from mm_core.bench.report import result_text
+from mm_core.bench.work import (
+    Ceilings,
+    DecoderSize,
+    RequestSize,
+    Work,
+    decode_passes,
+    decode_work,
+    prefill_work,
+    span_work,
+)
 from mm_core.bench.workloads import BenchRequest
 from mm_core.checkpoint import open_checkpoint
 from mm_core.checkpoint.config import flat_text_config
@@ -35,7 +47,7 @@ from mm_core.decoders.default import mm_decoder
 from mm_core.errors import ConfigError, EngineError
 from mm_core.hookspecs import BuildContext
 from mm_core.plugins import PluginRegistry
-from mm_core.tracing import Span
+from mm_core.tracing import Span, SpanRecorder
 from mm_core.types import (
     CompletionOutput,
     MediaFeature,
@@ -137,6 +149,8 @@ def test_formulas_count_the_modules_weights(tmp_path: Path, facts: Facts) -> Non
     found = sum(p.numel() for p in encoder.parameters() if p.dim() > 1)
     assert facts.family.encoder_params(facts.config) == found
     assert facts.decoder.kv_bytes == 57344
+    wide = DecoderSize.from_text_config(flat_text_config(facts.config), 2, 4)
+    assert (wide.kv_bytes, wide.weight_bytes) == (2 * 57344, facts.decoder.weight_bytes)
 
 
 def request(prompt: int, cached: int, output: int, *items: dict) -> Asked:
@@ -166,14 +180,17 @@ def test_floor_of_one_request(facts: Facts) -> None:
     assert full["decode"] / 256 == pytest.approx(0.0048, rel=0.02)
 
 
-def test_waves_where_not_all_fit(facts: Facts) -> None:
+def test_decoding_takes_the_fewest_passes(facts: Facts) -> None:
     size = facts.decoder
     requests = [RequestSize(10, 0, n) for n in (3, 5, 2)]
-    steps = decode_steps(size, requests, 2)
-    assert len(steps) == 4 + 1  # the answers of 5 and 3 tokens together, then the one of 2
-    assert steps[0].bytes == size.weight_bytes + 22 * size.kv_bytes
-    assert steps[2].bytes == size.weight_bytes + 13 * size.kv_bytes
-    assert decode_steps(size, [RequestSize(10, 0, 1)], 2) == []
+    assert decode_passes(requests, 2) == 4  # the longest answer's; the others' 2 + 1 tokens run beside it
+    assert decode_passes(requests, 1) == 7
+    assert decode_passes([RequestSize(10, 0, n) for n in (9, 2, 2, 2)], 2) == 8  # not 8 + 1, wave after wave
+    assert decode_passes([RequestSize(10, 0, 4)] * 3, 2) == 5  # 9 tokens, 2 a pass
+    work, kv = decode_work(size, requests, 2), (11 + 12) + (11 + 12 + 13 + 14) + 11
+    assert work.bytes == 4 * size.weight_bytes + kv * size.kv_bytes
+    assert work.flops == pytest.approx(size.tokens(7, 7, kv / 7, kv).flops)
+    assert decode_work(size, [RequestSize(10, 0, 1)], 2) == decode_work(size, [], 2) == Work()
     one = prefill_work(size, [RequestSize(8, 0, 1)])
     two = prefill_work(size, [RequestSize(8, 0, 1)] * 2)
     assert two.flops == pytest.approx(2 * one.flops)
@@ -229,7 +246,7 @@ def test_ideal_reuse_follows_blocks_and_media() -> None:
     assert [a.size.cached for a in found] == [0, 16, 0, 0]
     assert [len(a.encode) for a in found] == [1, 0, 1, 0]  # the last needs the rows, which exist
     primed = ideal_reuse([second], [first], [3], 16)
-    assert primed == [Asked(RequestSize(17, 16, 3), [])]
+    assert primed == [Asked(RequestSize(17, 16, 3), [], [{"grid_thw": (1, 4, 4)}])]
     whole = ideal_reuse([prepared(common, b"a")], [prepared(common, b"a")], [1], 16)
     assert whole[0].size.cached == 15  # the last token's logits are needed
 
@@ -276,3 +293,35 @@ def test_no_formula_no_encoder_floor(facts: Facts) -> None:
     without = dataclasses.replace(facts, family=None)
     assert floors(without, [request(294, 0, 2, IMAGE)])["encode"] == 0
     assert SimpleNamespace(**phases(without, [ms("encoder", "encode", 0, 1)], [IMAGE], 1)["encode"]).tflops == 0
+
+
+def test_what_a_summary_says_of_lengths_dropped_spans_and_needless_encoding(facts: Facts) -> None:
+    lengths = range(300, 320)
+    outputs = [output(2, None, prompt_tokens=n, media_tokens=256) for n in lengths]
+    asked = [Asked(RequestSize(n, 272, 2), [], [IMAGE]) for n in lengths]
+    spans = [ms("encoder", "encode", 0, 10)]
+    figures = summarise(facts, Measured(0, int(1e9), outputs, spans, {"encoded_items": 2}, dropped=7), asked)
+    assert figures["tokens"]["prompt_each"] == list(lengths)[:16]
+    flops = 2 * facts.family.encoder_flops(facts.config, IMAGE)
+    assert figures["phases"]["encode"]["tflops"] == pytest.approx(flops / 0.010 / 1e12)
+    assert figures["timeline"]["dropped_spans"] == 7
+    text = result_text({"workload": "w", "kind": "throughput", **figures})
+    assert "(300 to 319 each)" in text
+    assert "7 spans came after the first 1,000,000 and were dropped" in text
+    without = summarise(
+        dataclasses.replace(facts, family=None), Measured(0, int(1e9), outputs, spans, {"encoded_items": 2}), asked
+    )
+    text = result_text({"workload": "w", "kind": "throughput", **without})
+    assert "in 1 launches" in text
+    assert "TFLOP/s" not in text
+    assert "dropped" not in text
+
+
+def test_a_recorder_keeps_the_first_spans_and_counts_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_core.tracing.MAX_SPANS", 2)
+    recorder = SpanRecorder()
+    for span in SPANS[:3]:
+        recorder.add(span)
+    assert recorder.dropped == 1
+    assert recorder.take() == SPANS[:2]
+    assert recorder.dropped == 0

@@ -195,11 +195,11 @@ def test_noise_depends_on_name_seed_and_index_only() -> None:
 
 def test_requests_share_images_and_differ_in_questions(checkpoint: LoadedCheckpoint) -> None:
     workload = resized(WORKLOADS["image-reuse-warm"], 32, 2, 28)
-    requests: list[BenchRequest] = make_requests(workload, maker_for(checkpoint), 0, 1, first=32)
+    requests: list[BenchRequest] = make_requests(workload, maker_for(checkpoint), 0, 1, first=32, media="others")
     images = [r.prompt.multi_modal_data["image"][0].tobytes() for r in requests]
     assert len(set(images)) == 2
     assert images[0] == images[2] != images[1]
-    assert images[:2] == [i.tobytes() for i in noise_images("image-reuse", 2, 28, 0)]
+    assert images[:2] == [i.tobytes() for i in noise_images("others", 2, 28, 0)]
     assert len({tuple(r.prompt.prompt_token_ids) for r in requests}) == 32
     assert {(r.expected_tokens, r.expected_rows) for r in requests} == {(39, 1)}
     text = Workload("text", 2, 0, 3, rows=None, shared=14)

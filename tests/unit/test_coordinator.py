@@ -126,6 +126,29 @@ def test_closing_ends_every_task() -> None:
     coordinator.close()
 
 
+def test_a_begun_task_that_nobody_wants_is_dropped_at_its_next_turn(coordinator: Coordinator) -> None:
+    gate: Future[int] = Future()
+    seen: list[str] = []
+
+    def steps() -> Steps[None]:
+        try:
+            seen.append("begun")
+            yield gate
+            seen.append("resumed")
+        finally:
+            seen.append("closed")
+
+    future = coordinator.submit(steps())
+    while not seen:
+        time.sleep(0.001)
+    assert not future.cancel()
+    assert not future.done(), "it holds what it holds until then"
+    gate.set_result(0)
+    with pytest.raises(CancelledError):
+        future.result(5)
+    assert seen == ["begun", "closed"]
+
+
 def test_nobody_waits_for_an_engine_that_waits() -> None:
     precedence = Precedence()
     started = time.perf_counter()

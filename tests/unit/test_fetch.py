@@ -177,3 +177,11 @@ def test_one_lazy_image_in_many_threads(fetcher: Fetcher) -> None:
     with ThreadPoolExecutor(8) as pool:
         digests = set(pool.map(lambda _: fetcher.fetch("image", lazy).item.digest, range(32)))
     assert digests == {fetcher.fetch("image", IMAGE).item.digest}
+
+
+def test_what_the_caller_writes_later_changes_nothing(fetcher: Fetcher) -> None:
+    frames, samples = np.stack([PIXELS, PIXELS]), np.zeros(160, np.float32)
+    video, audio = fetcher.fetch("video", frames), fetcher.fetch("audio", (samples, 16000))
+    frames[:], samples[:] = 7, 1
+    assert np.array_equal(video.load().data, np.stack([PIXELS, PIXELS]))
+    assert not audio.load().data.any()

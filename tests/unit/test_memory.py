@@ -138,7 +138,7 @@ def test_out_of_memory_names_the_setting_at_each_stage(monkeypatch, path, where,
 
 
 def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, free):
-    full, config = SimpleNamespace(capture_graphs=_raise_full), EngineConfig()
+    full, config = SimpleNamespace(capture_graphs=_raise_full, reserve=lambda *_: None), EngineConfig()
     decoder = SimpleNamespace(position_axes=3, kv_specs=())
     model = SimpleNamespace(
         device=GPU, dtype=torch.bfloat16, max_model_len=64, startup=StartupTimes(), decoder=decoder,
@@ -146,6 +146,8 @@ def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, fre
     )  # fmt: skip
     with pytest.raises(OutOfMemoryError, match=r"capturing graphs.*free_gpu_memory_fraction.*cuda_graphs=False"):
         loading._capture_graphs(model, config, full)
+    with pytest.raises(OutOfMemoryError, match=r"largest steps.*max_num_batched_tokens.*encoder_budget"):
+        loading._capture_graphs(model, config, SimpleNamespace(reserve=_raise_full))
     monkeypatch.setattr(warming, "KVCache", _raise_full)
     context = BuildContext(GPU, torch.bfloat16, 64)
     with pytest.raises(OutOfMemoryError, match=r"warming up.*max_num_batched_tokens.*encoder_budget"):

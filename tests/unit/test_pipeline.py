@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Future
 from dataclasses import replace
 from typing import Any
 
@@ -390,3 +390,9 @@ def test_eos_token_ids() -> None:
     assert eos_token_ids({"eos_token_id": [5, 6]}, TOKENIZER) == {5, 6, TOKENIZER.eos_token_id}
     assert eos_token_ids({"eos_token_id": 5}, None) == {5}
     assert eos_token_ids({}, None) == frozenset()
+
+
+def test_a_pool_that_breaks_ends_who_waits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_core.inputs.pinning.Pinner.start_thread", lambda self: 1 / 0)
+    with pytest.raises(BrokenExecutor):
+        run(make(), ask(picture()))

@@ -197,7 +197,7 @@ def test_made_up_steps_run(tmp_path):
     runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device, limits)
     features = [noise_feature(model.processor, side) for side in (140, 90)]
     rehearsal = Rehearsal(sizes)
-    media = rehearse(runner, [step for feature in features for step in rehearsal.media_steps(feature, (1, 3))])
+    media = rehearse(runner, [step for feature in features for step in rehearsal.media_steps(feature, (1, 3), 10_000)])
     text = rehearse(runner, rehearsal.text_steps())
     for step in [*media, *text] * 2:  # each round finds the encoder's rows empty
         step()

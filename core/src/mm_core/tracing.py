@@ -24,7 +24,8 @@ class Span:
 
 
 class SpanRecorder:
-    """Collects spans from any thread; the oldest MAX_SPANS are kept, the rest counted."""
+    """Collects spans from any thread; between two calls of `take` the first MAX_SPANS are kept, and later
+    ones only counted, in `dropped`."""
 
     def __init__(self) -> None:
         self.dropped = 0
@@ -49,7 +50,7 @@ class SpanRecorder:
             self.add(Span(track, name, start, time.perf_counter_ns(), args))
 
     def take(self) -> list[Span]:
-        """All spans so far, in the order they ended; the recorder is empty afterwards."""
+        """All spans so far, in the order they ended; the recorder is empty afterwards, and `dropped` 0."""
         with self._lock:
-            spans, self._spans = self._spans, []
+            spans, self._spans, self.dropped = self._spans, [], 0
         return spans

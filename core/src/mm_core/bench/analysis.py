@@ -27,6 +27,7 @@ from mm_core.types import PreparedRequest, RequestOutput
 
 PERCENTILES = (50, 90, 99)
 _COUNTERS = ("steps", "preemptions", "computed_tokens", "partial_prefills")
+_LENGTHS_SHOWN = 16
 _DECODER_NAMES = ("prefill", "mixed", "decode")
 
 Info = Mapping[str, Any]
@@ -35,13 +36,14 @@ Info = Mapping[str, Any]
 @dataclass(frozen=True)
 class Measured:
     """One clocked run. Times are in nanoseconds of `time.perf_counter_ns()`; counters are what the
-    engine's own grew by."""
+    engine's own grew by; dropped: spans that the recorder had no room for."""
 
     start_ns: int
     end_ns: int
     outputs: list[RequestOutput]
     spans: list[Span]
     counters: dict[str, Any]
+    dropped: int = 0
 
     @property
     def seconds(self) -> float:
@@ -51,10 +53,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one request comes to when everything that can be reused is: its size, and the items to encode."""
+    """What one request comes to when everything that can be reused is: its size, and the items to encode;
+    items: all that it has."""
 
     size: RequestSize
     encode: list[Info] = field(default_factory=list)
+    items: list[Info] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ def ideal_reuse(
         media.update(f.key for f in needed)
         if index >= len(before):
             size = RequestSize(len(request.token_ids), cached, output[index - len(before)])
-            asked.append(Asked(size, [f.info for f in {f.key: f for f in needed}.values()]))
+            items = [r.feature.info for r in request.ranges]
+            asked.append(Asked(size, [f.info for f in {f.key: f for f in needed}.values()], items))
     return asked
 
 
@@ -161,17 +166,22 @@ def summarise(facts: Facts, measured: Measured, asked: Sequence[Asked]) -> dict[
         "floor_requests_per_s": len(outputs) / total if (total := sum(floor.values())) else None,
     }
     if inside:
-        items = [info for a in asked for info in a.encode]
-        figures["timeline"] = timeline.summary(inside, measured.start_ns, measured.end_ns)
+        # What is encoded though all could be reused is taken for the requests' mean item.
+        items = [info for a in asked for info in a.encode] or [info for a in asked for info in a.items]
+        summary = timeline.summary(inside, measured.start_ns, measured.end_ns)
+        figures["timeline"] = summary | {"dropped_spans": measured.dropped}
         figures["phases"] = phases(facts, inside, items, measured.counters.get("encoded_items", 0))
     return figures
 
 
 def _tokens(measured: Measured, asked: Sequence[Asked]) -> dict[str, Any]:
     usages = [o.usage for o in measured.outputs]
+    lengths = sorted({u.prompt_tokens for u in usages})
     return {
         "prompt": sum(u.prompt_tokens for u in usages),
-        "prompt_each": sorted({u.prompt_tokens for u in usages})[:16],
+        "prompt_each": lengths[:_LENGTHS_SHOWN],
+        "prompt_min": min(lengths, default=0),
+        "prompt_max": max(lengths, default=0),
         "media": sum(u.media_tokens for u in usages),
         "encoded_media": sum(u.encoded_media_tokens for u in usages),
         "cached": sum(u.cached_tokens for u in usages),
@@ -214,7 +224,7 @@ def latencies(outputs: Sequence[RequestOutput], start_ns: int | None) -> dict[st
 
 
 def floors(facts: Facts, asked: Sequence[Asked]) -> dict[str, float]:
-    """Seconds by phase under which no engine goes that runs the phases one after another."""
+    """Seconds by phase, as `floor_seconds` counts them; of requests one by one, their sum."""
     groups = [asked] if facts.together else [[a] for a in asked]
     total = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
     for group in groups:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_core.bench.workloads import BenchRequest
+from mm_core.bench.workloads import INSTRUCTION, BenchRequest
 from mm_core.errors import DatasetError
 from mm_core.types import TextPrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_OUTPUT_TOKENS = 128
 _VIDEO = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
@@ -33,6 +38,30 @@ def read_dataset(path: Path, count: int | None, output_tokens: int | None) -> li
     if not requests:
         raise DatasetError(f"{path} holds no requests. Write one JSON object a line: {_example()}")
     return requests if count is None else [requests[i % len(requests)] for i in range(count)]
+
+
+def stand_in(requests: Sequence[BenchRequest]) -> BenchRequest:
+    """A request to warm up on, whose media no request has: the first one with images and no other media,
+    with noise of the same sizes for them; a line of text where there is none."""
+    for request in requests:
+        data = request.prompt.multi_modal_data
+        if data and set(data) == {"image"}:
+            try:
+                images = [_noise(index, image) for index, image in enumerate(data["image"])]
+            except OSError:  # no image: the run itself says so
+                break
+            return BenchRequest(replace(request.prompt, multi_modal_data={"image": images}), request.output_tokens)
+    return BenchRequest(TextPrompt(prompt=INSTRUCTION), requests[0].output_tokens)
+
+
+def _noise(index: int, image: bytes) -> Image:
+    """Noise of an encoded image's size."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(image)) as opened:
+        width, height = opened.size
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from mm_core.bench.plot import plot
 from mm_core.bench.run import Result, Session
 from mm_core.bench.timeline import write_trace
 from mm_core.errors import MissingExtraError
+from mm_core.tracing import MAX_SPANS
 
 SCHEMA_VERSION = 1
 
@@ -100,8 +101,8 @@ def _rates(figures: Mapping[str, Any]) -> list[str]:
 
 def _reuse(figures: Mapping[str, Any]) -> list[str]:
     tokens, caches = figures["tokens"], figures["caches"]
-    each = tokens["prompt_each"]
-    spread = f"{each[0]} each" if len(each) == 1 else f"{each[0]} to {each[-1]} each"
+    low, high = tokens["prompt_min"], tokens["prompt_max"]
+    spread = f"{low} each" if low == high else f"{low} to {high} each"
     return [
         f"  {'tokens':<15} {tokens['prompt']} of prompts ({spread}), {tokens['media']} of media, {tokens['output']} of "
         "output",
@@ -127,10 +128,17 @@ def _phases(figures: Mapping[str, Any]) -> list[str]:
         ]
     lines += _loop(found["by_name"], figures["engine"]["steps"])
     for name, phase in figures["phases"].items():
+        line = f"  {name:<15} {phase['seconds']:.3f} s (floor {floor.get(name, 0.0):.3f}) in {phase['spans']} launches"
+        if phase["tflops"]:  # 0: the plugin has no formula, so nothing is known of them
+            line += (
+                f", {phase['tflops']:.4g} TFLOP/s ({phase['tflops_share']:.0%}), {phase['tbs']:.3g} TB/s "
+                f"({phase['tbs_share']:.0%})"
+            )
+        lines.append(line)
+    if dropped := found["dropped_spans"]:
         lines.append(
-            f"  {name:<15} {phase['seconds']:.3f} s (floor {floor.get(name, 0.0):.3f}) in {phase['spans']} launches, "
-            f"{phase['tflops']:.4g} TFLOP/s ({phase['tflops_share']:.0%}), {phase['tbs']:.3g} TB/s "
-            f"({phase['tbs_share']:.0%})"
+            f"  {'warning':<15} {dropped:,} spans came after the first {MAX_SPANS:,} and were dropped: device, loop "
+            "and phases leave them out"
         )
     return lines
 

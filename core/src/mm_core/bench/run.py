@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mm_core.bench.analysis import Facts, Measured, check_counts, difference, ideal_reuse, summarise, without_tensors
+from mm_core.bench.dataset import stand_in
 from mm_core.bench.device import MeasuredCeilings, measure_ceilings
 from mm_core.bench.models import family_of, place_model
 from mm_core.bench.timeline import clipped
@@ -24,6 +26,7 @@ from mm_core.engine.frontend import Frontend
 from mm_core.errors import ConfigError
 from mm_core.hookspecs import BenchFamily
 from mm_core.plugins import PluginRegistry
+from mm_core.runner.memory import kv_dtype
 from mm_core.runner.runner import resolve_device
 from mm_core.tracing import Span
 from mm_core.types import PreparedRequest, RequestOutput
@@ -74,6 +77,7 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._stack = ExitStack()
+        self._runs: Counter[str] = Counter()
         try:
             self._open()
         except BaseException:
@@ -112,22 +116,23 @@ class Session:
         if one_by_one or workload.one_by_one:
             return self._latency(workload)
         maker, rows = self._maker(workload)
-        self._warm_up(workload, maker, rows)
+        media = self._media_name(workload)
+        self._warm_up(workload, media, maker, rows)
         self.engine.clear_cache()
         before: list[BenchRequest] = []
-        if workload.media_of is not None:
-            before = self._priming(workload, maker, rows)
+        if workload.primed:
+            before = make_requests(workload, maker, given.seed, rows, media=media)
             self._generate(before)
-        requests = make_requests(workload, maker, given.seed, rows, first=len(before))
+        requests = make_requests(workload, maker, given.seed, rows, len(before), media)
         measured = self._measure(lambda: self._generate(requests))
         check_counts(workload.name, requests, measured.outputs)
         figures = self._figures(measured, requests, before)
         return self._result(workload.name, "throughput", measured, {"definition": asdict(workload), **figures})
 
     def dataset(self, name: str, requests: Sequence[BenchRequest], *, one_by_one: bool = False) -> Result:
-        """Run requests from a file, all at once or one by one."""
+        """Run requests from a file, all at once or one by one. The warm-up has none of their media."""
         if self.settings.warmup:
-            self._generate([replace(requests[0], output_tokens=WARMUP_TOKENS)])
+            self._generate([replace(stand_in(requests), output_tokens=WARMUP_TOKENS)])
         self.engine.clear_cache()
         call = self._one_by_one if one_by_one else self._generate
         measured = self._measure(lambda: call(requests))
@@ -138,12 +143,14 @@ class Session:
     def _latency(self, workload: Workload) -> Result:
         """First tokens from requests of one output token, then tokens after the first from full
         answers; every request has its own image."""
-        maker, rows = self._maker(workload)
         count = workload.requests
-        everything = replace(workload, requests=2 * count, images=2 * count if workload.images else 0)
-        requests = make_requests(everything, maker, self.settings.seed, rows)
+        workload = replace(workload, images=count if workload.images else 0, primed=False)
+        maker, rows = self._maker(workload)
+        media = self._media_name(workload)
+        everything = replace(workload, requests=2 * count, images=2 * workload.images)
+        requests = make_requests(everything, maker, self.settings.seed, rows, media=media)
         firsts = [replace(r, output_tokens=1) for r in requests[:count]]
-        self._warm_up(workload, maker, rows, LATENCY_WARMUP)
+        self._warm_up(workload, media, maker, rows, LATENCY_WARMUP)
         self.engine.clear_cache()
         first = self._measure(lambda: self._one_by_one(firsts))
         check_counts(workload.name, firsts, first.outputs)
@@ -169,7 +176,7 @@ class Session:
         maker = PromptMaker.of(processor, self.family.prompt, media=workload.images > 0)
         if not workload.images:
             return maker, 0
-        probe = make_requests(replace(workload, name="probe", media_of=None, requests=1, images=1), maker, 0, 0)
+        probe = make_requests(replace(workload, name="probe", requests=1, images=1), maker, 0, 0)
         rows = sum(r.feature.num_tokens for r in self._prepared(probe)[0].ranges)
         if workload.rows is not None and rows != workload.rows:
             raise ConfigError(
@@ -189,11 +196,14 @@ class Session:
             found += [without_tensors(p.result()) for p in pending]
         return found
 
-    def _priming(self, workload: Workload, maker: PromptMaker, rows: int) -> list[BenchRequest]:
-        earlier = replace(workload, name=workload.media_name, media_of=None)
-        return make_requests(earlier, maker, self.settings.seed, rows)
+    def _media_name(self, workload: Workload) -> str:
+        """A name for this run's images that no earlier run of the session had: encoder and processor
+        caches outlive a run."""
+        self._runs[workload.name] += 1
+        again = self._runs[workload.name]
+        return workload.name if again == 1 else f"{workload.name}, run {again}"
 
-    def _warm_up(self, workload: Workload, maker: PromptMaker, rows: int, count: int | None = None) -> None:
+    def _warm_up(self, workload: Workload, media: str, maker: PromptMaker, rows: int, count: int | None = None) -> None:
         """Run `count` requests of a workload's shape with other images; one by one where a count is given."""
         if not self.settings.warmup:
             return
@@ -204,12 +214,11 @@ class Session:
         small = replace(
             workload,
             name=f"warm-up {workload.name}",
-            media_of=None,
             requests=count,
             images=min(count, workload.images),
             output_tokens=min(WARMUP_TOKENS, workload.output_tokens),
         )
-        call(make_requests(small, maker, self.settings.seed, rows))
+        call(make_requests(small, maker, self.settings.seed, rows, media=f"warm-up {media}"))
 
     def _generate(self, requests: Sequence[BenchRequest]) -> list[RequestOutput]:
         params = [SamplingParams(max_tokens=r.output_tokens, temperature=0.0, ignore_eos=True) for r in requests]
@@ -228,8 +237,9 @@ class Session:
         end = time.perf_counter_ns()
         self.engine.wait_idle()
         after = self.engine.stats()
+        dropped = self.frontend.recorder.dropped if self.frontend.recorder is not None else 0
         spans = self.engine.timeline() if recording else []
-        return Measured(start, end, outputs, spans, difference(before, after))
+        return Measured(start, end, outputs, spans, difference(before, after), dropped)
 
     def _figures(
         self,
@@ -243,8 +253,9 @@ class Session:
         prepared, primed = self._prepared(requests), self._prepared(before)
         outputs = [r.output_tokens for r in requests]
         asked = ideal_reuse(prepared, primed, outputs, config.kv_cache_config.block_size)
+        kv_itemsize = kv_dtype(config.kv_cache_config, model.dtype).itemsize
         facts = Facts(
-            decoder=DecoderSize.from_text_config(model.checkpoint.text_config, model.dtype.itemsize),
+            decoder=DecoderSize.from_text_config(model.checkpoint.text_config, model.dtype.itemsize, kv_itemsize),
             config=model.checkpoint.config,
             family=self.family,
             ceilings=self.measured.ceilings,

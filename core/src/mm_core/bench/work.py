@@ -52,8 +52,9 @@ class DecoderSize:
     itemsize: int
 
     @classmethod
-    def from_text_config(cls, text: Mapping[str, Any], itemsize: int) -> Self:
-        """From a checkpoint's `text_config`. Attention: q, k, v, o; MLP: gate, up, down."""
+    def from_text_config(cls, text: Mapping[str, Any], itemsize: int, kv_itemsize: int | None = None) -> Self:
+        """From a checkpoint's `text_config`. Attention: q, k, v, o; MLP: gate, up, down. kv_itemsize: bytes
+        of a number in the KV cache (None: as the weights)."""
         hidden, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
         kv_heads = text.get("num_key_value_heads") or heads
         head_dim = text.get("head_dim") or hidden // heads
@@ -64,7 +65,7 @@ class DecoderSize:
             head_dim=head_dim,
             layer_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
             head_params=hidden * text["vocab_size"],
-            kv_bytes=2 * layers * kv_heads * head_dim * itemsize,
+            kv_bytes=2 * layers * kv_heads * head_dim * (itemsize if kv_itemsize is None else kv_itemsize),
             itemsize=itemsize,
         )
 
@@ -100,29 +101,34 @@ def prefill_work(size: DecoderSize, requests: Sequence[RequestSize]) -> Work:
     return total
 
 
-def decode_steps(size: DecoderSize, requests: Sequence[RequestSize], max_num_seqs: int) -> list[Work]:
-    """One entry a step: the requests run together, at most max_num_seqs at a time, longest answers
-    first in a wave of their own. The first output token belongs to prefill."""
-    steps = []
-    ordered = sorted(requests, key=lambda r: -r.output)
-    for start in range(0, len(ordered), max_num_seqs):
-        wave = ordered[start : start + max_num_seqs]
-        for step in range(1, wave[0].output):
-            running = [r for r in wave if r.output > step]
-            kv = sum(r.prompt + step for r in running)
-            steps.append(size.tokens(len(running), len(running), kv / len(running), kv))
-    return steps
+def decode_passes(requests: Sequence[RequestSize], max_num_seqs: int) -> int:
+    """The fewest passes that make every output token after the first (prefill's): a sequence gets one
+    a pass, and a pass has at most max_num_seqs."""
+    after = [r.output - 1 for r in requests]
+    return max(max(after, default=0), math.ceil(sum(after) / max_num_seqs))
+
+
+def decode_work(size: DecoderSize, requests: Sequence[RequestSize], max_num_seqs: int) -> Work:
+    """All decoding, in the fewest passes: the weights once a pass, each token's KV once for each sequence."""
+    count = sum(r.output - 1 for r in requests)
+    if not count:
+        return Work()
+    kv = sum((r.output - 1) * r.prompt + (r.output - 1) * r.output // 2 for r in requests)
+    once = size.tokens(count, count, kv / count, kv)
+    return once + Work(0.0, (decode_passes(requests, max_num_seqs) - 1) * size.weight_bytes)
 
 
 def floor_seconds(
     ceilings: Ceilings, encode: Work, size: DecoderSize, requests: Sequence[RequestSize], max_num_seqs: int
 ) -> dict[str, float]:
-    """Seconds by phase that no engine can go under which runs the phases one after another."""
-    steps = decode_steps(size, requests, max_num_seqs)
+    """Seconds by phase, at least, of an engine that runs the phases one after another and reads each
+    sequence's KV by itself. An engine that reads a shared prefix once for several sequences, or decodes
+    in the passes of prefill, can go under it.
+    """
     return {
         "encode": encode.seconds(ceilings) if encode.flops else 0.0,
         "prefill": prefill_work(size, requests).seconds(ceilings),
-        "decode": math.fsum(step.seconds(ceilings) for step in steps),
+        "decode": decode_work(size, requests, max_num_seqs).seconds(ceilings),
     }
 
 

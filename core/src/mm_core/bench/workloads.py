@@ -30,8 +30,8 @@ class Workload:
     images: how many different ones the requests share (request i has image i mod images; 0: none).
     rows: encoder rows an image, where the workload fixes them. shared: prompt tokens beside those
     rows that all requests begin with, own: those of the request's question and after it.
-    media_of: the workload whose images these are; it runs first, off the clock. one_by_one:
-    requests follow each other instead of coming all at once.
+    primed: as many requests with other questions on the same images run first, off the clock.
+    one_by_one: requests follow each other instead of coming all at once.
     """
 
     name: str
@@ -42,13 +42,8 @@ class Workload:
     rows: int | None = 256
     shared: int = 16
     own: int = 22
-    media_of: str | None = None
+    primed: bool = False
     one_by_one: bool = False
-
-    @property
-    def media_name(self) -> str:
-        """The name that the images are drawn under."""
-        return self.media_of or self.name
 
 
 WORKLOADS = {
@@ -56,7 +51,7 @@ WORKLOADS = {
     for w in (
         Workload("image-distinct", requests=256, images=256, output_tokens=128),
         Workload("image-reuse", requests=256, images=16, output_tokens=128),
-        Workload("image-reuse-warm", requests=256, images=16, output_tokens=128, media_of="image-reuse"),
+        Workload("image-reuse-warm", requests=256, images=16, output_tokens=128, primed=True),
         Workload("image-large", requests=32, images=32, output_tokens=64, image_size=1344, rows=2304),
         Workload("text", requests=256, images=0, output_tokens=256, rows=None, shared=14),
         Workload("latency", requests=20, images=20, output_tokens=129, one_by_one=True),
@@ -171,9 +166,12 @@ def noise_images(name: str, count: int, size: int, seed: int) -> list[Image]:
     return images
 
 
-def make_requests(workload: Workload, maker: PromptMaker, seed: int, rows: int, first: int = 0) -> list[BenchRequest]:
-    """The workload's requests, with questions numbered from `first`. rows: of one image in this model."""
-    images = noise_images(workload.media_name, workload.images, workload.image_size, seed)
+def make_requests(
+    workload: Workload, maker: PromptMaker, seed: int, rows: int, first: int = 0, media: str | None = None
+) -> list[BenchRequest]:
+    """The workload's requests, with questions numbered from `first`. rows: of one image in this model.
+    media: the name that images are drawn under (None: the workload's own)."""
+    images = noise_images(media or workload.name, workload.images, workload.image_size, seed)
     requests = []
     for index in range(workload.requests):
         image = images[index % workload.images] if images else None

@@ -20,7 +20,7 @@ _EPILOG = """\
 workloads (prompt tokens -> output tokens):
   image-distinct    256 requests at once, a different 448x448 noise image each   294 -> 128
   image-reuse       256 requests at once on 16 images, a question each           294 -> 128
-  image-reuse-warm  other questions on the images of image-reuse, run before     294 -> 128
+  image-reuse-warm  as image-reuse, its images with other questions run before   294 -> 128
   image-large       32 requests at once, a different 1344x1344 image each       2342 -> 64
   text              256 requests at once, no media                                36 -> 256
   latency           one request at a time, an image each           294 -> 1, then 294 -> 129
@@ -54,7 +54,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output-tokens", type=_positive, metavar="N", help="instead of the workload's number")
     what.add_argument("--image-size", type=_positive, metavar="PIXELS", help="instead of the workload's")
     what.add_argument("--seed", type=int, default=0, help="of the noise images (default 0)")
-    what.add_argument("--no-warmup", action="store_true", help="clock the very first requests too")
+    warm = "clock the very first requests too (a warm-up has noise for images, no video or audio)"
+    what.add_argument("--no-warmup", action="store_true", help=warm)
     _add_engine_arguments(parser.add_argument_group("engine"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -89,6 +90,10 @@ def bench(arguments: argparse.Namespace) -> int:
         arguments.usage_error("--dataset and --workload exclude each other")
     if arguments.num_requests is not None and arguments.dataset is None:
         arguments.usage_error("--num-requests belongs to --dataset; for a workload use --requests")
+    if arguments.requests is not None and arguments.dataset is not None:
+        arguments.usage_error("--requests belongs to --workload; for a dataset use --num-requests")
+    if arguments.image_size is not None and arguments.dataset is not None:
+        arguments.usage_error("--image-size belongs to --workload; a dataset's images are taken as they are")
     from mm_core.bench import report
     from mm_core.bench.dataset import read_dataset
     from mm_core.bench.device import environment

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
 from mm_core.engine.precedence import Precedence
 from mm_core.errors import EngineError, MediaTooLargeError, MMError
+from mm_core.runner.memory import is_lost
 from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler.scheduler import Scheduler
 from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence, Status, StepResult, TokenEvent
@@ -263,9 +262,7 @@ def _raise_if_lost(error: BaseException) -> None:
 
     Such errors come up in any later call; running requests one by one would blame them all.
     """
-    text = str(error)
-    lost = isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in text)
-    if lost and "out of memory" not in text:
+    if is_lost(error):
         raise error
 
 

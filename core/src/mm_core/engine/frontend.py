@@ -10,7 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
@@ -55,6 +57,7 @@ class _Live:
     plain: bool = False
     open: set[int] = field(default_factory=set)
     preparing: Future[PreparedRequest] | None = None
+    busy: bool = False  # being prepared, even if the request ended meanwhile
     prepared: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -113,9 +116,6 @@ class Frontend:
         self.startup = StartupTimes(show_progress=config.show_progress)
         self.precedence = Precedence()
         self._outputs = OutputThread(self._on_outputs)
-        self._thread = CoreThread(lambda: self._load(name, plugins), self._outputs.put)
-        self.pipeline = build_pipeline(self.model, config, self.max_model_len, self.recorder, self.precedence.give_way)
-        self._texts = WholeTexts(self.model.processor.tokenizer)
         # Reentrant: a stream that the garbage collector finds aborts its request, whatever its thread holds.
         self._lock = threading.RLock()
         self._live: dict[str, _Live] = {}
@@ -124,23 +124,34 @@ class Frontend:
         # Prepared media take memory until their request ends: only so many are begun at a time.
         self._room = 2 * config.max_num_seqs
         self._queued: deque[str] = deque()
+        # What close() does, last one first, each whatever the others raise. A start that fails does it at once.
+        with ExitStack() as ends:
+            self._start(name, plugins, ends)
+            self._ends = ends.pop_all()
+
+    def _start(self, name: str, plugins: Sequence[Any] | None, ends: ExitStack) -> None:
+        for last in (self.startup.close, self._release, self._end_all):
+            ends.callback(last)
         self._outputs.start()
-        # A full collection looks at all of torch and transformers, for tenths of a second, in whatever thread and
-        # step it falls. What is there now stays until close().
+        ends.callback(self._outputs.close)
+        self._thread = CoreThread(lambda: self._load(name, plugins), self._outputs.put)
+        ends.callback(self._thread.close)
+        give_way = self.precedence.give_way
+        self.pipeline = build_pipeline(self.model, self.config, self.max_model_len, self.recorder, give_way)
+        ends.callback(self.pipeline.close)
+        self._texts = WholeTexts(self.model.processor.tokenizer)
+        # A full collection looks at all of torch, for tenths of a second in some step: what is there now stays.
         with self.startup.part("garbage"):
             gc.collect()
+            ends.callback(gc.unfreeze)
             gc.freeze()
         self.startup.finish()
 
     def _load(self, name: str, plugins: Sequence[Any] | None) -> EngineCore:
-        try:
-            self.model = load_model(name, self.config, plugins, self.startup)
-            self._core, self.max_model_len = build_core(self.model, self.config, self.recorder)
-            if self.model.device.type == "cuda":  # on a CPU the operators themselves take the time, without the lock
-                self._core.precedence = self.precedence
-        except BaseException:
-            self.startup.close()
-            raise
+        self.model = load_model(name, self.config, plugins, self.startup)
+        self._core, self.max_model_len = build_core(self.model, self.config, self.recorder)
+        if self.model.device.type == "cuda":  # on a CPU the operators themselves take the time, without the lock
+            self._core.precedence = self.precedence
         return self._core
 
     # -- requests --------------------------------------------------------------------------
@@ -182,23 +193,29 @@ class Frontend:
                 live = self._live.get(request_id)
                 if live is None or live.ask is None:  # aborted while it was queued
                     continue
-                ask, live.ask = live.ask, None
+                ask, live.ask, live.busy = live.ask, None, True
                 self._room -= 1
             try:
                 live.preparing = self.pipeline.submit(request_id, *ask)
             except MMError as error:  # closed since the look above
+                live.busy = False
                 self._end(request_id, error)
             else:
-                live.preparing.add_done_callback(lambda done, i=request_id: self._on_prepared(i, done))  # type: ignore[misc]
+                live.preparing.add_done_callback(partial(self._on_prepared, request_id, live))
+                if request_id not in self._live:  # aborted meanwhile
+                    live.preparing.cancel()
 
-    def _on_prepared(self, request_id: str, done: Future[PreparedRequest]) -> None:
+    def _on_prepared(self, request_id: str, begun: _Live, done: Future[PreparedRequest]) -> None:
+        with self._lock:
+            begun.busy = False
+            self._room += (gone := request_id not in self._live)  # its end left that to this
+        if gone:
+            self._begin_queued()
+            return
         try:
             request = done.result()
         except CancelledError:
             self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
-            return
-        except MMError as error:
-            self._end(request_id, error)
             return
         except BaseException as error:  # a plugin's sys.exit, a tokenizer's panic: this thread must live on
             self._end(request_id, _fault("Preparing the request", error))
@@ -224,16 +241,16 @@ class Frontend:
         live = self._live.get(request_id)
         if live is None:
             return
-        if live.preparing is not None:
-            live.preparing.cancel()
         # First forgotten, then aborted: a request that is prepared just now is not submitted behind its abort.
         self._end(request_id, RequestAbortedError("The request was aborted."))
+        if live.preparing is not None:
+            live.preparing.cancel()
         self._thread.send(Abort(request_id))
 
     def _end(self, request_id: str, result: RequestOutput | MMError) -> None:
         with self._lock:
             live = self._live.pop(request_id, None)
-            if live is not None and live.ask is None:
+            if live is not None and live.ask is None and not live.busy:  # else what it took is still held
                 self._room += 1
         if live is not None:
             _tell(live, result)
@@ -322,7 +339,9 @@ class Frontend:
         if not live.open:
             self._end(output.request_id, live.output(text))
         elif live.stream:
-            _tell(live, live.output(text))
+            with self._lock:  # nothing comes behind the error of an abort
+                if output.request_id in self._live:
+                    _tell(live, live.output(text))
 
     # -- the rest --------------------------------------------------------------------------
 
@@ -352,14 +371,16 @@ class Frontend:
             if self._closed:
                 return
             self._closed = True
-        self.pipeline.close()
-        self._thread.close()
-        self._outputs.close()
+        self._ends.close()
+
+    def _end_all(self) -> None:
         for request_id in list(self._live):
             self._end(request_id, EngineClosedError("The engine was closed before the request ended."))
-        gc.unfreeze()
-        self._core.release()
-        del self.model
+
+    def _release(self) -> None:
+        vars(self).pop("model", None)
+        if hasattr(self, "_core"):  # else loading failed
+            self._core.release()
 
 
 def _tell(live: _Live, result: RequestOutput | MMError) -> None:

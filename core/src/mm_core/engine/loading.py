@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,25 +89,27 @@ def load_model(
         with out_of_memory(f"building {name!r} in {dtype} on {device}", _SMALLER_MODEL):
             encoder: Any = _call(registry, "mm_encoder", owner, checkpoint, context=context)
             decoder: Any = spec.build(context)
-    warm_up = None
-    if device.type == "cuda":
-        warm_up = EngineWarmUp(config, owner.family.name, decoder, encoder, context)
-        warm_up.begin_text(startup)
-    with startup.part("processor", "Loading the tokenizer"):
-        processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
-        _check_vocabulary(name, processor, decoder)
+    family, warm_up = owner.family.name, None
     examples: tuple[MediaFeature, ...] = ()
-    if warm_up is not None:
-        with startup.part("examples"):
-            examples = tuple(f for side in _EXAMPLE_SIDES if (f := noise_feature(processor, side)) is not None)
-        warm_up.begin_media(startup, examples)
-    with startup.part("weights", "Loading weights"), out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL):
-        _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
+    with ExitStack() as stack:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    if warm_up is not None:
-        warm_up.finish(startup)
-    family = owner.family.name
+            warm_up = EngineWarmUp(config, family, decoder, encoder, context)
+            stack.callback(warm_up.close)
+            warm_up.begin_text(startup)
+        with startup.part("processor", "Loading the tokenizer"):
+            processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
+            _check_vocabulary(name, processor, decoder)
+        if warm_up is not None:
+            with startup.part("examples"):
+                examples = tuple(f for side in _EXAMPLE_SIDES if (f := noise_feature(processor, side)) is not None)
+            warm_up.begin_media(startup, examples)
+        smaller = out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL)
+        with startup.part("weights", "Loading weights"), smaller:
+            _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        if warm_up is not None:
+            warm_up.finish(startup)
     return LoadedModel(
         family, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype, startup, examples
     )
@@ -217,13 +220,15 @@ def build_core(
 
 
 def _capture_graphs(model: LoadedModel, config: EngineConfig, runner: ModelRunner) -> None:
-    """Capture what is replayed later, on a GPU."""
-    if model.device.type != "cuda" or not config.cuda_graphs:
+    """Run the largest steps and capture what is replayed later, on a GPU."""
+    if model.device.type != "cuda":
         return
+    largest = out_of_memory("running the largest steps", SMALLER_STEP)
+    with model.startup.part("largest steps", "Running the largest steps"), largest:
+        runner.reserve(model.examples[-1:], _encoder_budget(config))
     with model.startup.part("graphs", "Capturing graphs"), out_of_memory("capturing graphs", _SMALLER_GRAPHS):
         free = torch.cuda.mem_get_info(model.device)[0]
         runner.capture_graphs([f for f in model.examples if f.key == b"448"])
-        runner.reserve(model.examples[-1:], _encoder_budget(config))
         taken = free - torch.cuda.mem_get_info(model.device)[0]
     logger.info("graphs take %.0f MiB", taken / 2**20)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from mm_core.config import EngineConfig
 from mm_core.engine.startup import StartupTimes
@@ -36,6 +37,7 @@ class EngineWarmUp:
         tokens = config.max_num_batched_tokens
         sizes = Sizes(config.max_num_seqs, tokens, length, kv_config.block_size, num_blocks, decoder.position_axes)
         self._rehearsal = Rehearsal(sizes)
+        self._capacity = config.encoder_cache_tokens
         self._media: Steps = ()
         self._warm_up = WarmUp(KernelCompiler(device), [encoder, decoder])
         with out_of_memory("warming up", SMALLER_STEP):
@@ -51,7 +53,7 @@ class EngineWarmUp:
     def begin_media(self, startup: StartupTimes, features: Sequence[MediaFeature]) -> None:
         """Begin to compile what the encoder needs for such items."""
         with startup.part("kernels: media", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
-            batches = [batch for f in features for batch in self._rehearsal.media_steps(f, _PACKS)]
+            batches = [batch for f in features for batch in self._rehearsal.media_steps(f, _PACKS, self._capacity)]
             self._media = rehearse(self._runner, batches)
             self._warm_up.begin(self._media)
 
@@ -59,6 +61,12 @@ class EngineWarmUp:
         """Wait until the kernels are there, run all steps with the weights, and free what it took."""
         with startup.part("kernels: rest", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
             count = self._warm_up.finish(whole=self._media)
-            self._media = ()
-            del self._runner
+            self.close()
         logger.info("%d kernels compiled or loaded", count)
+
+    def close(self) -> None:
+        """End the compiler's threads and forget the runner. Idempotent."""
+        self._warm_up.close()
+        self._media = ()
+        with suppress(AttributeError):
+            del self._runner

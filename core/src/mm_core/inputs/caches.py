@@ -106,7 +106,7 @@ class ProcessorCache:
     def fail(self, key: bytes, mine: Future[MediaFeature], error: BaseException) -> None:
         """Give up what was claimed; the error reaches everybody who waits."""
         with self._lock:
-            del self._in_flight[key]
+            self._in_flight.pop(key, None)
         mine.set_exception(error)
 
     def stats(self) -> ProcessorCacheStats:

@@ -23,14 +23,25 @@ def nobody() -> None:
     """Nobody goes first."""
 
 
+class _Wanted(Future[T]):
+    """Remembers that somebody asked to cancel it, be it too late."""
+
+    dropped = False
+
+    def cancel(self) -> bool:
+        self.dropped = True
+        return super().cancel()
+
+
 class _Task(Generic[T]):
     def __init__(self, steps: Steps[T]) -> None:
         self.steps = steps
-        self.future: Future[T] = Future()
+        self.future: _Wanted[T] = _Wanted()
 
 
 class Coordinator:
-    """Runs tasks in the order of their coming; those that need not wait any longer first.
+    """Runs tasks in the order of their coming; those that need not wait any longer first. One whose
+    future was asked to cancel ends, if it has begun, when its wait does.
 
     give_way: called before each stretch of work; returns when nothing more urgent runs.
     """
@@ -88,6 +99,9 @@ class Coordinator:
 
     def _step(self, task: _Task[Any]) -> None:
         """Run a task until it waits or ends."""
+        if task.future.dropped:
+            self._end(task, CancelledError())
+            return
         self._give_way()
         try:
             awaited = next(task.steps)

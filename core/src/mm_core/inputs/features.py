@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -120,10 +120,18 @@ class MediaLoader:
         found, mine = self.cache.find_or_claim(key)
         if mine is not None:
             try:
-                self.in_pool("prepare", lambda: self._fill(key, mine, fetched, variant))
+                job_done = self.in_pool("prepare", lambda: self._fill(key, mine, fetched, variant))
             except EngineClosedError as error:
                 self.cache.fail(key, mine, error)
+            else:
+                job_done.add_done_callback(partial(self._check_filled, key, mine))
         return found
+
+    def _check_filled(self, key: bytes, mine: Future[MediaFeature], done: Future[Any]) -> None:
+        """A job that never ran (the pool broke, or was shut) filled nothing: those who wait are told."""
+        if not mine.done():
+            error = CancelledError() if done.cancelled() else done.exception()
+            self.cache.fail(key, mine, error or RuntimeError("nothing was prepared"))
 
     def _recall(self, given: GivenItem, job: MediaJob) -> Steps[MediaFeature]:
         """The feature of the latest content given under a uuid, in the same salt."""

@@ -234,7 +234,8 @@ def _samples_of(value: Any) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]
         raise MediaDecodeError(f"The sample rate is a whole number from 1 to {MAX_SAMPLE_RATE}.", code="invalid_audio")
     try:
         array = np.asarray(samples.detach().cpu() if hasattr(samples, "detach") else samples)
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        # A copy: the caller may write to theirs between digest and prepare.
+        array = np.array(array, dtype=np.float32, order="C", copy=True, ndmin=1)
     except (TypeError, ValueError) as error:
         raise UnsupportedMediaError("The samples are no array of numbers. Pass float32 [samples].") from error
     if array.ndim != 1:

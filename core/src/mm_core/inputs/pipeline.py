@@ -131,8 +131,10 @@ class InputPipeline:
     def close(self) -> None:
         """Cancel what waits, for its turn or for media not begun, and wait for what runs."""
         self._coordinator.refuse()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._coordinator.close()
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self._coordinator.close()
 
     def _prepare(self, ask: _Ask) -> Steps[PreparedRequest]:
         given = read_prompt(ask.prompt, self.family, self.processor.modalities)

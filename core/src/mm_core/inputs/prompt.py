@@ -152,6 +152,9 @@ class PromptRenderer:
         return ids
 
     def _checked_ids(self, token_ids: Sequence[int]) -> Ids:
+        size = _num_ids(token_ids)
+        if size + 1 > self._max_model_len:  # before they are looked at one by one
+            raise too_long(size, self._max_model_len)
         values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if not isinstance(values, list | tuple) or not values:
             raise InvalidPromptError("prompt_token_ids is a list of at least one token id.", param="prompt_token_ids")
@@ -268,7 +271,18 @@ def _as_mask(is_media: Sequence[bool]) -> tuple[bool, ...]:
 
 def is_long(given: Given) -> bool:
     """Whether rendering takes so long that others should not wait for it."""
-    return sum(map(len, _texts_of(given.messages or ()))) + len(given.text or "") >= LONG_TEXT
+    messages = given.messages or ()
+    texts = _texts_of(messages)
+    size = sum(map(len, texts)) + len(given.text or "")
+    return max(size, len(messages), len(texts), _num_ids(given.token_ids)) >= LONG_TEXT
+
+
+def _num_ids(token_ids: Any) -> int:
+    """How many ids there are; 0 where that is no list of ids, or one of no length."""
+    try:
+        return len(token_ids) if isinstance(token_ids, list | tuple) or hasattr(token_ids, "tolist") else 0
+    except TypeError:  # an array without dimensions
+        return 0
 
 
 def count_items(given: Given) -> dict[Modality, int]:

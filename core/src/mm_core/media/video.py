@@ -259,7 +259,8 @@ def _stack(frames: Any, indices: Sequence[int], limits: MediaLimits) -> Frames:
             )
         check_frames(len(indices), shape[2], shape[1], limits)
         kept = frames if len(indices) == shape[0] else frames[list(indices)]
-        return np.ascontiguousarray(array_to_uint8(kept))
+        # A copy: the caller may write to theirs between digest and prepare.
+        return np.array(array_to_uint8(kept), order="C", copy=True)
     first = _frame(frames[indices[0]], limits)
     check_frames(len(indices), first.shape[1], first.shape[0], limits)
     stacked: Frames = np.empty((len(indices), *first.shape), np.uint8)

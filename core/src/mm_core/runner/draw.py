@@ -37,7 +37,7 @@ class _Operation:
 class DrawPart:
     """Rows of a launch that the argmax of their logits, with or without noise, is not enough for.
 
-    rows: where they stand in the launch, also as `index` on the device. Either all of them have their
+    index: where they stand in the launch, on the device. Either all of them have their
     logits edited, or none. Made once for as long as the batch stays the same, used at every step.
     """
 
@@ -45,7 +45,6 @@ class DrawPart:
         self, rows: list[int], launch: Sequence[SamplingRow], vocab: int, history: TokenHistory, columns: Columns
     ) -> None:
         mine = [launch[i] for i in rows]
-        self.rows = rows
         self.index = columns.ints(rows)
         self.random = any(not row.params.greedy for row in mine)
         self._operations = [*_edits(mine, vocab, columns), *_penalties(mine, history, columns)]

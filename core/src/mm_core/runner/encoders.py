@@ -15,6 +15,7 @@ from torch import Tensor
 from mm_core.errors import MMError, PluginError
 from mm_core.hookspecs import Encoder
 from mm_core.runner.batch import Ints, MediaPlaces
+from mm_core.runner.memory import is_lost, is_out_of_memory
 from mm_core.runner.spans import DeviceSpans
 from mm_core.scheduler.sequence import EncodeItem
 from mm_core.types import MediaFeature
@@ -127,9 +128,9 @@ class EncoderRows:
             with self._spans.span("encoder", "encode", items=len(items), cost=cost):
                 self._encode(items)
             return {}
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error) or is_lost(error):  # no item's fault
+                raise
             if len(items) == 1:
                 return {items[0].key: self._explain(error)}
         failed: dict[bytes, MMError] = {}

@@ -75,6 +75,13 @@ class TokenHistory:
             self._table = self._table.new_empty((0, self._vocab))
         return True
 
+    def keep(self, slots: Sequence[int]) -> bool:
+        """Give back the rows of all other slots; whether there was one."""
+        others = self._entries.keys() - set(slots) if self._entries else ()
+        for slot in list(others):
+            self.release(slot)
+        return bool(others)
+
     def refresh(self, rows: Sequence[SamplingRow], last_ids: Tensor) -> None:
         """Make the rows hold what comes before the token that is drawn now, and expect that token.
 

@@ -15,7 +15,7 @@ from mm_core.errors import OutOfMemoryError
 from mm_core.hookspecs import KVCacheSpec
 
 GRAPH_BYTES = 512 * 2**20
-"""Set aside for decode graphs, which are captured when the KV cache is there."""
+"""Set aside for graphs, which are captured when the KV cache is there."""
 
 _SIGNS = ("out of memory", "alloc_failed", "not enough memory")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,11 +84,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether the device failed for good: every later call to it fails as well."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
 def count_blocks(config: KvCacheConfig, bytes_per_block: int, device: torch.device, measure: Callable[[], int]) -> int:
     """Blocks of the KV cache.
 
     On a GPU: the share `free_gpu_memory_fraction` of what is free beside the weights, less what one
-    full step takes and decode graphs need (`measure`, in bytes). Free is what the driver says, so
+    full step takes and graphs need (`measure`, in bytes). Free is what the driver says, so
     other processes' memory counts as taken; what they take later is at their own risk and ours,
     which is one use of the share that stays free. On a CPU: `cpu_cache_size`. `num_blocks`
     overrides both.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from mm_core.scheduler.sequence import EncodeItem, ScheduledBatch, ScheduledSequ
 from mm_core.scheduler.sequence import Sequence as SequenceState
 from mm_core.types import MediaFeature, MediaItem, PlaceholderRange, PreparedRequest
 
+logger = logging.getLogger(__name__)
+
 _GREEDY = SamplingParams(temperature=0.0)
 _SAMPLED = (
     _GREEDY,
@@ -28,12 +31,17 @@ _SHARED_TOKENS = 256  # as many as a picture of middling size takes
 
 
 def noise_feature(processor: Processor, side: int) -> MediaFeature | None:
-    """A picture of side × side pixels of noise, prepared; None where the family reads no pictures."""
+    """A picture of side × side pixels of noise, prepared; None where the family reads none, or none such."""
     if "image" not in processor.modalities:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     item = MediaItem("image", b"noise", Image.fromarray(noise), {"width": side, "height": side})
-    return replace(processor.prepare(item, processor.variant(item, MediaRequest({"image": 1}))), key=b"%d" % side)
+    try:
+        feature = processor.prepare(item, processor.variant(item, MediaRequest({"image": 1})))
+    except Exception as error:  # the plugin's; no reason not to start
+        logger.debug("a picture of %d pixels could not be prepared", side, exc_info=error)
+        return None
+    return replace(feature, key=b"%d" % side)
 
 
 @dataclass(frozen=True)
@@ -79,16 +87,16 @@ class Rehearsal:
         for count in sorted({*ladder(most), *powers}):
             for shared in (False, True) if count in powers and count > 1 else (False,):
                 yield self._batch([short] * (count - 1) + [longest], [], shared=shared)
-        for count, size in itertools.product(DECODES, BESIDE):
-            fits = count + size <= sizes.max_num_batched_tokens and size <= longest
-            if fits and count < sizes.max_num_seqs:
+        for count, size in itertools.product({min(n, most - 1) for n in DECODES} - {0}, BESIDE):
+            if count + size <= sizes.max_num_batched_tokens and size <= longest:
                 yield self._batch([short] * count, [(0, size)])
         yield self._batch([short] * min(8, most), [], _SAMPLED)
 
-    def media_steps(self, feature: MediaFeature, counts: Sequence[int]) -> Iterator[ScheduledBatch]:
-        """Items encoded together, so many at a time; the first one is put into a prompt."""
+    def media_steps(self, feature: MediaFeature, counts: Sequence[int], capacity: int) -> Iterator[ScheduledBatch]:
+        """Items encoded together, so many at a time; the first one is put into a prompt. capacity: rows of
+        the encoder's slab."""
         length = feature.num_tokens + 2
-        for number, count in enumerate(counts):
+        for number, count in enumerate(n for n in counts if n * feature.num_tokens <= capacity):
             keys = [b"%b/%d/%d" % (feature.key, number, i) for i in range(count)]
             items = tuple(EncodeItem(key, replace(feature, key=key)) for key in keys)
             batch = ScheduledBatch(-1, ())

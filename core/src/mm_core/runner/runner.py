@@ -21,7 +21,7 @@ from mm_core.runner.batch import BatchBuilder, HostBatch
 from mm_core.runner.chunk_graphs import ChunkGraphs
 from mm_core.runner.encoders import EncoderRows
 from mm_core.runner.graphs import DecodeGraphs, resolve_ids
-from mm_core.runner.memory import KVCache
+from mm_core.runner.memory import KVCache, is_out_of_memory
 from mm_core.runner.sampler import PendingSample, Sampler, SamplingRow
 from mm_core.runner.spans import DeviceSpans
 from mm_core.runner.step import LaunchedStep
@@ -141,7 +141,9 @@ class ModelRunner:
         try:
             with self._on_stream():
                 return self._launch(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemoryError(
                 f"The device ran out of memory in a step of {batch.num_tokens} tokens and {len(batch.encode)} "
                 "media items. Lower max_num_batched_tokens, encoder_budget or "
@@ -159,6 +161,7 @@ class ModelRunner:
             host = self._builder.build(batch, self.rows.places)
             for slot in host.new_owners:
                 self._sampler.release(slot)
+            self._sampler.keep([s.seq.slot for s in batch.sequences])
             self.rows.wait_for(keys)
             pending, failed = self._run(host, chosen), dict(host.failed)
             if self._stream is not None and pending is None:
@@ -181,7 +184,9 @@ class ModelRunner:
         when they are needed."""
         try:
             return self.rows.encode(items)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fault = OutOfMemoryError("The device ran out of memory in the encoder. Lower encoder_budget.")
             fault.__cause__ = error
             return {item.key: fault for item in items if item.key not in self.rows}
@@ -208,7 +213,9 @@ class ModelRunner:
             arrays += [host.shared.members, host.shared.bounds, host.shared.lens]
         given = iter(upload(arrays, self.device))
         raw, positions, bounds, kv_lens, slots, tables, media_rows, media_from = (next(given) for _ in range(8))
-        rows = next(given).long() if host.sample_rows is not None and len(host.sample_rows) else None
+        rows = None if host.sample_rows is None else next(given).long()
+        if rows is not None and not len(rows):
+            rows = None  # nothing is sampled: any rows will do
         shared = SharedPrefixes(*given) if host.shared is not None and self.device.type == "cuda" else None
         embeds = self._decoder.embed(resolve_ids(raw, self._sampler.last_ids))
         if len(host.media_rows):

@@ -146,6 +146,11 @@ class Sampler:
         if self._history.release(slot):
             self._plan = None  # it may name the row of the table
 
+    def keep(self, slots: Sequence[int]) -> None:
+        """Forget what is kept for all others; a sequence that misses a step has it written anew."""
+        if self._history.keep(slots):
+            self._plan = None
+
     def _choose(self, logits: Tensor, plan: _Plan, keys: Tensor, out: Tensor) -> None:
         """First a token for every row, with which it is known whether its logits are usable; then again for
         rows that need more."""

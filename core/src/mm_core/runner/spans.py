@@ -49,10 +49,10 @@ class DeviceSpans:
         while self._open:
             track, name, start, end, args = entry = self._open.popleft()
             if end.query():
-                self._recorder.add(Span(track, name, self._ns(start), self._ns(end), args))
+                begin = self._anchor_ns + int(self._anchor.elapsed_time(start) * 1e6)
+                # Not from the anchor: the device counts in float32, and that is minutes away.
+                duration = int(start.elapsed_time(end) * 1e6)
+                self._recorder.add(Span(track, name, begin, begin + duration, args))
             else:
                 waiting.append(entry)
         self._open = waiting
-
-    def _ns(self, event: torch.cuda.Event) -> int:
-        return self._anchor_ns + int(self._anchor.elapsed_time(event) * 1e6)

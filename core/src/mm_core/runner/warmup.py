@@ -37,6 +37,9 @@ _TURN_S = 2e-4
 _ALLOCATE = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
+# The hook and the interpreter's switch interval belong to the whole process: of two engines that start at
+# once, one waits for the other here.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class KernelCompiler:
@@ -69,15 +72,16 @@ class KernelCompiler:
         start at the end: beside them, every torch call here would wait for its turn to go on.
         """
         runtime = _triton_runtime()
-        self._outer = runtime.jit_cache_hook
-        self._recording = threading.get_ident()
-        runtime.jit_cache_hook = self._on_missing
-        try:
-            with _ZeroedMemory(), _quick_turns():  # type: ignore[no-untyped-call]
-                yield
-        finally:
-            self._recording = None
-            runtime.jit_cache_hook = self._outer
+        with _ONE_AT_A_TIME:
+            self._outer = runtime.jit_cache_hook
+            self._recording = threading.get_ident()
+            runtime.jit_cache_hook = self._on_missing
+            try:
+                with _ZeroedMemory(), _quick_turns():  # type: ignore[no-untyped-call]
+                    yield
+            finally:
+                self._recording = None
+                runtime.jit_cache_hook = self._outer
             self._jobs += [self._pool.submit(self._compile, *found) for found in self._found]
             self._found.clear()
 
@@ -171,10 +175,14 @@ class WarmUp:
                 self._repeat(self._steps)
             self._repeat(whole)
         finally:
-            self._modules.clear()
-            self._steps.clear()
-            self._compiler.close()
+            self.close()
         return self._compiler.count
+
+    def close(self) -> None:
+        """Forget modules and steps, and end the compiler's threads. Idempotent."""
+        self._modules.clear()
+        self._steps.clear()
+        self._compiler.close()
 
     def _repeat(self, steps: Steps) -> None:
         """Rounds until nothing is new. What cannot be recorded is run without: its kernels are

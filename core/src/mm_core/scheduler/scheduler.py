@@ -322,6 +322,7 @@ class Scheduler:
         for key in result.failed_media:
             for seq in self.media.discard_failed(key, chain(self.running, self.waiting)):
                 self._preempt(seq)
+                seq.media_ahead = False  # as of the others that held it
         return events
 
     def _fail(self, seq: Sequence, error: MMError) -> TokenEvent:

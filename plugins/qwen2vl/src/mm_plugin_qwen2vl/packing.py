@@ -15,8 +15,8 @@ LARGEST = 16384
 
 
 def equal_packs(grids: Sequence[Grid]) -> list[list[int]]:
-    """Indexes of items with one grid, a power of two together, of at most REPEATED patches; an item with
-    more is alone. Items of more than LARGEST patches are left out."""
+    """Indexes of items with one grid, a power of two together, of at most REPEATED patches. Items of
+    more than LARGEST patches are left out."""
     by_grid: dict[Grid, list[int]] = {}
     for index, grid in enumerate(grids):
         by_grid.setdefault(grid, []).append(index)
