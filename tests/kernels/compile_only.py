@@ -72,7 +72,8 @@ def main() -> int:
     """Compile; print what was compiled, and the errors."""
     driver.set_active(_Driver())
     JITFunction.run = _compile(JITFunction.run)
-    options = ["-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "--no-summary"]
+    # What was to be computed is left as it lay in memory: a test that waits for some value may wait for ever.
+    options = ["-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "--no-summary", "--timeout=60"]
     pytest.main([*options, *sys.argv[1:]], plugins=[_Plugin()])
     print(f"Triton {triton.__version__}:", dict(compiled))
     for error, place in errors.items():

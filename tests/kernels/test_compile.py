@@ -14,6 +14,7 @@ FILES = sorted(p.name for p in HERE.glob("test_*.py") if p.name not in ("test_co
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_compile_for_an_h100(name: str) -> None:
