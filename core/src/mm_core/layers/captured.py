@@ -18,6 +18,22 @@ _REMEMBERED = 1024  # shapes whose sightings are counted
 _SIGHTINGS, _SIGHTINGS_WHEN_FULL = 2, 16
 
 
+def capture(run: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """What `run` launches on the current stream, as a graph. It has to have run before: kernels are
+    compiled and libraries choose theirs on a first run.
+
+    torch.cuda.graph() would also collect garbage and wait for the device, each time; other threads go on
+    pinning memory meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        run()
+    finally:
+        graph.capture_end()
+    return graph
+
+
 class _Captured(NamedTuple):
     """run is kept for what it refers to: the graph reads that memory."""
 
@@ -90,11 +106,6 @@ class CapturedPasses:
 
     def _record(self, run: Callable[[Tensor], Tensor], x: Tensor) -> _Captured:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph(), which waits for the device; other threads go on pinning memory meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            out = run(x)
-        finally:
-            graph.capture_end()
-        return _Captured(graph, x, out, run)
+        found: list[Tensor] = []
+        graph = capture(lambda: found.append(run(x)), self._pool)
+        return _Captured(graph, x, found[0], run)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from mm_core.hookspecs import Decoder
+from mm_core.layers.captured import capture
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.runner.batch import HostBatch, Ints
-from mm_core.runner.graphs import capture, empty_header, parameter_dtype, resolve_ids
-from mm_core.runner.upload import aligned, pack, split
+from mm_core.runner.graphs import parameter_dtype, resolve_ids
+from mm_core.runner.upload import packed_size, split, upload
 
 ALONE = (32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 """Tokens of chunks without sequences that decode beside them."""
@@ -83,8 +83,7 @@ class ChunkGraphs:
         self._graphs: dict[_Size, torch.cuda.CUDAGraph] = {}
         largest = _Size(self._decodes[-1], max(BESIDE[-1], ALONE[-1]), self._chunks)
         axes = decoder.position_axes
-        values = sum(aligned(math.prod(shape)) for shape in largest.shapes(axes))
-        self._header = torch.zeros(values, dtype=torch.int32, device=device)
+        self._header = torch.zeros(packed_size(largest.shapes(axes)), dtype=torch.int32, device=device)
         self._tables = torch.zeros((largest.sequences, table_width), dtype=torch.int32, device=device)
         dtype = parameter_dtype(decoder)
         self._hidden = torch.empty((largest.sequences, decoder.hidden_size), dtype=dtype, device=device)
@@ -127,9 +126,8 @@ class ChunkGraphs:
             return None
         header = self._fill(batch, size)
         self._header[: len(header)].copy_(header, non_blocking=True)
-        count, width = batch.tables.shape
-        tables = pack([batch.tables], pinned=self._header.is_cuda).to(self._tables.device, non_blocking=True)
-        tables = tables[: count * width].view(count, width)
+        (tables,) = upload([batch.tables], self._tables.device)
+        count, width = tables.shape
         decodes = batch.num_decodes
         self._tables[:decodes, :width].copy_(tables[:decodes])
         self._tables[size.decodes : size.decodes + count - decodes, :width].copy_(tables[decodes:])
@@ -149,7 +147,7 @@ class ChunkGraphs:
     def _fill(self, batch: HostBatch, size: _Size) -> Tensor:
         """The header of a batch: its decodes first, then spare rows, then its chunks, then spare rows."""
         shapes = size.shapes(self._decoder.position_axes)
-        header = empty_header(shapes, self._header.is_cuda)
+        header = torch.empty(packed_size(shapes), dtype=torch.int32, pin_memory=self._header.is_cuda)
         ids, positions, slots, source, bounds, kv_lens, rows = (view.numpy() for view in split(header, shapes))
         decodes, shift = batch.num_decodes, size.decodes - batch.num_decodes
         _spread(ids, batch.token_ids, decodes, shift, 0)

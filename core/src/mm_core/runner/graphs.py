@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from mm_core.hookspecs import Decoder
 from mm_core.kernels.shared_prefixes import SharedPrefixes
+from mm_core.layers.captured import capture
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.runner.batch import HostBatch
-from mm_core.runner.upload import aligned, pack, split
+from mm_core.runner.upload import packed_size, split, upload
 
 _SHARED = (8, 16, 32, 64, 128, 192)  # sizes that are captured for shared prefixes as well, beside the largest
 
@@ -35,27 +35,6 @@ def resolve_ids(raw: Tensor, last_ids: Tensor) -> Tensor:
     """Token ids [T] int64 from HostBatch.token_ids: negative ones are slots of newly sampled ids."""
     sampled = last_ids.index_select(0, (-1 - raw).clamp_(min=0))
     return torch.where(raw < 0, sampled, raw.long())
-
-
-def empty_header(shapes: Sequence[tuple[int, ...]], pinned: bool) -> Tensor:
-    """A buffer on the host for arrays of these shapes, as `split` divides it."""
-    values = sum(aligned(math.prod(shape)) for shape in shapes)
-    return torch.empty(values, dtype=torch.int32, pin_memory=pinned)
-
-
-def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What `run` launches on the current stream, as a graph. It has to have run before: kernels are
-    compiled and libraries choose theirs on a first run.
-
-    torch.cuda.graph() would also collect garbage and wait for the device, each time.
-    """
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        run()
-    finally:
-        graph.capture_end()
-    return graph
 
 
 def parameter_dtype(decoder: Decoder) -> torch.dtype:
@@ -84,8 +63,7 @@ class DecodeGraphs:
         self._sizes = ladder(size)
         self._shared_sizes = sorted({n for n in _SHARED if n < size} | {size})
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        values = sum(aligned(math.prod(shape)) for shape in self._shapes(size))
-        self._header = torch.zeros(values, dtype=torch.int32, device=device)
+        self._header = torch.zeros(packed_size(self._shapes(size)), dtype=torch.int32, device=device)
         self._tables = torch.zeros((size, table_width), dtype=torch.int32, device=device)
         self._bounds = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._hidden = torch.empty((size, decoder.hidden_size), dtype=parameter_dtype(decoder), device=device)
@@ -139,16 +117,15 @@ class DecodeGraphs:
             return None
         header = self._fill(batch, size)
         self._header[: len(header)].copy_(header, non_blocking=True)
-        width = batch.tables.shape[1]
-        tables = pack([batch.tables], pinned=self._header.is_cuda).to(self._tables.device, non_blocking=True)
-        self._tables[:count, :width].copy_(tables[: count * width].view(count, width))
+        (tables,) = upload([batch.tables], self._tables.device)
+        self._tables[:count, : tables.shape[1]].copy_(tables)
         found.replay()
         return self._hidden[:count]
 
     def _fill(self, batch: HostBatch, size: int) -> Tensor:
         """The header of a batch, spare rows without keys and slots."""
         shapes = self._shapes(size)
-        header = empty_header(shapes, self._header.is_cuda)
+        header = torch.empty(packed_size(shapes), dtype=torch.int32, pin_memory=self._header.is_cuda)
         ids, positions, kv_lens, slots, members, bounds, lens = (view.numpy() for view in split(header, shapes))
         count = len(batch.kv_lens)
         positions[:, :count], positions[:, count:] = batch.positions, 0

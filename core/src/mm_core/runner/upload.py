@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,17 @@ def aligned(count: int) -> int:
     return -(-count // ALIGN) * ALIGN
 
 
+def packed_size(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Values in a packed buffer of arrays of these shapes."""
+    return sum(aligned(math.prod(shape)) for shape in shapes)
+
+
 def pack(arrays: Sequence[Ints], pinned: bool) -> Tensor:
     """One int32 buffer on the host with all arrays, each at an aligned place.
 
     Pinned memory comes from torch's cache, which keeps a buffer until the copies out of it are done.
     """
-    total = sum(aligned(a.size) for a in arrays)
-    buffer = torch.empty(total, dtype=torch.int32, pin_memory=pinned)
+    buffer = torch.empty(packed_size([a.shape for a in arrays]), dtype=torch.int32, pin_memory=pinned)
     view: np.ndarray[Any, Any] = buffer.numpy()
     at = 0
     for array in arrays:
@@ -43,7 +48,7 @@ def split(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     views = []
     at = 0
     for shape in shapes:
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         views.append(buffer[at : at + count].view(shape))
         at += aligned(count)
     return views
