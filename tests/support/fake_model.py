@@ -12,14 +12,13 @@ tokens drawn from that. No such token may come out.
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 from mm_core.cache import BlockPool, EncoderCache
-from mm_core.config import SamplingParams
 from mm_core.engine.core import EngineCore
 from mm_core.engine.messages import Submit
 from mm_core.errors import EngineError, MMError
@@ -35,32 +34,11 @@ from mm_core.scheduler import (
     Sequence,
     StepResult,
 )
-from mm_core.types import MediaFeature, PlaceholderRange, PreparedRequest
+from mm_core.types import PreparedRequest
+from support.fake_requests import Truth
 
-VOCAB = 50
 POISON = -1
 POISONED_TOKEN = 1  # no healthy token is below 8
-IMAGE = 7
-
-
-def feature(name: str, rows: int, cost: int | None = None) -> MediaFeature:
-    return MediaFeature("image", rows, {}, {"cost": rows * 4 if cost is None else cost}, name.encode())
-
-
-def make_request(
-    request_id: str, parts: Iterable[int | MediaFeature], params: SamplingParams | None = None, **extra: object
-) -> PreparedRequest:
-    """parts: token ids and media, in prompt order."""
-    ids: list[int] = []
-    ranges: list[PlaceholderRange] = []
-    for part in parts:
-        if isinstance(part, MediaFeature):
-            ranges.append(PlaceholderRange(len(ids), part.num_tokens, (True,) * part.num_tokens, part))
-            ids += [IMAGE] * part.num_tokens
-        else:
-            ids.append(part)
-    params = params or SamplingParams(max_tokens=4, temperature=0)
-    return PreparedRequest(request_id, tuple(ids), params, tuple(ranges), **extra)  # type: ignore[arg-type]
 
 
 def make_scheduler(
@@ -71,46 +49,20 @@ def make_scheduler(
     encoder_budget: int = 64,
     encoder_rows: int = 64,
     reuse: bool = True,
+    source_budget: int = 0,
+    expected: float = 0.0,
 ) -> Scheduler:
-    config = SchedulerConfig(max_num_seqs, max_tokens, encoder_budget, num_blocks * block_size, reuse)
-    return Scheduler(
+    """expected: output tokens that admission counts on; none, so that sequences are preempted in a small pool."""
+    config = SchedulerConfig(max_num_seqs, max_tokens, encoder_budget, num_blocks * block_size, reuse, source_budget)
+    scheduler = Scheduler(
         config,
         BlockPool(num_blocks, block_size),
         EncoderCache(encoder_rows),
         get_hasher("xxh3_128"),
         lambda f: f.info["cost"],
     )
-
-
-class Truth:
-    """What a lone run of a request gives: the chain of every token, and every output token."""
-
-    def __init__(self, request: PreparedRequest) -> None:
-        self._contents = [str(token) for token in request.token_ids]
-        for r in request.ranges:
-            self._contents[r.offset : r.end] = [f"{r.feature.key!r}:{i}" for i in range(r.length)]
-        self._prompt_len = len(request.token_ids)
-        self._chains: list[int] = []
-        self.tokens: list[int] = []
-
-    def chain(self, position: int) -> int:
-        while len(self._chains) <= position:
-            before = self._chains[-1] if self._chains else 0
-            if len(self._chains) == len(self._contents):
-                self._contents.append(str(self.token(len(self._contents) - self._prompt_len)))
-            self._chains.append(zlib.crc32(f"{before}|{self._contents[len(self._chains)]}".encode()))
-        return self._chains[position]
-
-    def token(self, index: int) -> int:
-        """Output token `index`."""
-        while len(self.tokens) <= index:
-            self.tokens.append(8 + self.chain(self._prompt_len + len(self.tokens) - 1) % (VOCAB - 8))
-        return self.tokens[index]
-
-
-def expected_tokens(request: PreparedRequest, limit: int) -> list[int]:
-    truth = Truth(request)
-    return [truth.token(i) for i in range(limit)]
+    scheduler.outlook.expected = expected
+    return scheduler
 
 
 @dataclass(frozen=True)
@@ -131,13 +83,15 @@ class _InFlight:
     def __init__(self, batch: ScheduledBatch) -> None:
         self.blocks: dict[int, set[tuple[int, int]]] = {}
         for s in batch.sequences:
-            for block in s.tables["self"]:
+            for block in chain.from_iterable(s.tables.values()):
                 self.blocks.setdefault(block, set()).add((s.seq.seq_id, s.epoch))
-        self.media = {item.key for item in batch.encode}.union(*map(media_of, batch.sequences))
+        self.media = {item.key for item in batch.encode}.union(*(media_of(s, batch) for s in batch.sequences))
 
 
-def media_of(s: ScheduledSequence) -> set[bytes]:
+def media_of(s: ScheduledSequence, batch: ScheduledBatch) -> set[bytes]:
     """Items whose rows a sequence reads in a step."""
+    if s.seq in batch.sources:
+        return {r.feature.key for r in s.seq.media}
     return {r.feature.key for r in s.seq.ranges if r.offset < s.start + s.length and r.end > s.start}
 
 
@@ -155,12 +109,13 @@ class FakeRunner:
 
     def __init__(self, block_size: int, encoder_rows: int = 64) -> None:
         self.block_size = block_size
-        self.slots: dict[int, int] = {}  # KV slot → chain
+        self.slots: dict[int, int | tuple[bytes, int]] = {}  # KV slot → chain; of a source, its key and a row
         self.last_ids: dict[int, tuple[int, int, int, int]] = {}  # slot → seq_id, epoch, position, token
         self.slab: list[tuple[bytes, int] | None] = [None] * encoder_rows
         self.rows = _Rows()
         self.kv = SimpleNamespace(bytes=0)
         self.encoded: list[bytes] = []
+        self.sources: list[bytes] = []  # computed, by key
         self.computed_tokens = 0
         self.in_flight: list[_InFlight] = []
         self.most_in_flight = 0
@@ -197,9 +152,13 @@ class FakeRunner:
         failed: dict[int, MMError] = {
             s.seq.seq_id: EngineError("its item could not be encoded")
             for s in batch.sequences
-            if media_of(s) & faults.media
+            if media_of(s, batch) & faults.media
         }
         good = [s for s in batch.sequences if faults.late or s.seq.seq_id not in failed]
+        assert {id(seq) for seq in batch.sources} <= {id(s.seq) for s in batch.sequences}
+        for s in good:
+            if s.seq in batch.sources:
+                self._write_source(s)
         for s in good:
             self._write(s)
         for s in good:
@@ -244,17 +203,48 @@ class FakeRunner:
     def _place(self, s: ScheduledSequence, position: int) -> int:
         return s.tables["self"][position // self.block_size] * self.block_size + position % self.block_size
 
+    def _write_source(self, s: ScheduledSequence) -> None:
+        source, table = s.seq.request.source, s.tables["cross"]
+        assert source is not None
+        assert len(table) == -(-source.num_tokens // self.block_size)
+        self._check_writable(s, table)
+        spoilt = False
+        for feature in (r.feature for r in source.ranges):
+            assert feature.key in s.seq.held_media
+            for row, place in enumerate(self.rows[feature.key]):
+                assert self.slab[place] in (None, (feature.key, row)), "the row of another item is read"
+                spoilt |= self.slab[place] is None
+        for row in range(source.num_tokens):
+            place = table[row // self.block_size] * self.block_size + row % self.block_size
+            self.slots[place] = POISON if spoilt else (source.key, row)
+        self.sources.append(source.key)
+
+    def _check_writable(self, s: ScheduledSequence, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            for other in self.in_flight:
+                users = other.blocks.get(block, set())
+                assert users <= {(s.seq.seq_id, s.epoch)}, "a block is written that a step in flight uses"
+
+    def _reads_poisoned_source(self, s: ScheduledSequence) -> bool:
+        """Check that all of the sequence's source is there by now; whether it is spoilt."""
+        source = s.seq.request.source
+        found = set()
+        for row in range(0 if source is None else source.num_tokens):
+            place = s.tables["cross"][row // self.block_size] * self.block_size + row % self.block_size
+            assert self.slots[place] in (POISON, (source.key, row)), "another source is read, or one not computed"
+            found.add(self.slots[place] == POISON)
+        return True in found
+
     def _truth(self, seq: Sequence) -> Truth:
         return self._truths.setdefault(seq.seq_id, Truth(seq.request))
 
     def _write(self, s: ScheduledSequence) -> None:
         self.computed_tokens += s.length
-        who = (s.seq.seq_id, s.epoch)
+        spoilt_source = self._reads_poisoned_source(s)
+        first, last = s.start // self.block_size, (s.start + s.length - 1) // self.block_size
+        self._check_writable(s, s.tables["self"][first : last + 1])
         for position in range(s.start, s.start + s.length):
-            block = s.tables["self"][position // self.block_size]
-            for other in self.in_flight:
-                assert other.blocks.get(block, set()) <= {who}, "a block is written that a step in flight uses"
-            spoilt = position > 0 and self.slots[self._place(s, position - 1)] == POISON
+            spoilt = spoilt_source or (position > 0 and self.slots[self._place(s, position - 1)] == POISON)
             spoilt |= self._reads_poison(s, position)
             self.slots[self._place(s, position)] = POISON if spoilt else self._truth(s.seq).chain(position)
 

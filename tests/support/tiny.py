@@ -1,21 +1,15 @@
-"""Tiny random reference checkpoints, complete on disk, that transformers loads and generates from.
-
-Weights are scaled so that greedy output neither repeats nor ignores the image: fan-in scaled
-matrices, norms and biases that are not trivial, query and key gain 1.5, embeddings at std 0.25. The
-final norm flips signs at random: otherwise a tied model repeats its last token.
-"""
+"""Tiny random Qwen2-VL checkpoints, complete on disk, that transformers loads and generates from."""
 
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
-from torch import nn
+
+from mm_core.testing import randomize_ as randomize_
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -49,34 +43,6 @@ _SENTENCES = (
 )
 _IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
-
-
-def randomize_(model: nn.Module, seed: int = 0, *, quiet_rows: range = range(0)) -> None:
-    """Fill every parameter in place with well-scaled noise that depends on seed and name order only.
-
-    quiet_rows: token ids whose embedding and output rows are made small, so that they are rarely chosen.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            noise = torch.randn(param.shape, generator=generator)
-            param.copy_(_scaled(name, noise).to(param.dtype))
-            if ("embed_tokens" in name or "lm_head" in name) and len(quiet_rows):
-                param[quiet_rows.start : quiet_rows.stop] *= 0.1
-
-
-def _scaled(name: str, noise: torch.Tensor) -> torch.Tensor:
-    """Noise of std 1 to the values of the parameter `name`."""
-    if "embed_tokens" in name:
-        return noise * 0.25
-    if name.endswith("bias"):
-        return noise * 0.1
-    if noise.dim() == 1 and name.endswith(("model.norm.weight", "language_model.norm.weight")):
-        return noise.sign() + noise * 0.1
-    if noise.dim() == 1:
-        return 1.0 + noise * 0.1
-    gain = 2.0 if "lm_head" in name else 1.5 if any(p in name for p in ("q_proj", "k_proj", "qkv")) else 1.0
-    return noise * gain / math.sqrt(noise[0].numel())
 
 
 def make_tiny_tokenizer(vocab_size: int = 400) -> Any:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
 from mm_core.errors import MediaDecodeError, MediaError, MediaTooLargeError, UnsupportedMediaError
 from mm_core.hashing import get_hasher
 from mm_core.inputs import fetch
-from mm_core.inputs.fetch import Fetcher, decode_data_url, require_modality
-from mm_core.media import MediaLimits, VideoSampling
+from mm_core.inputs.fetch import Fetcher, require_modality
+from mm_core.media import MediaLimits, VideoSampling, load_audio
+from mm_core.media.encoded import decode_data_url
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -162,8 +164,59 @@ def test_audio_values(fetcher: Fetcher) -> None:
         with pytest.raises(MediaError) as caught:
             fetcher.fetch("audio", value)
         assert caught.value.code == code
-    with pytest.raises(UnsupportedMediaError, match="samples, rate"):
+    for bare in (np.zeros(160), 3, (np.zeros(160), 16000, 1), [np.zeros(160), 16000]):
+        with pytest.raises(UnsupportedMediaError, match="samples, rate"):
+            fetcher.fetch("audio", bare)
+        with pytest.raises(UnsupportedMediaError, match="samples, rate"):
+            load_audio(bare)
+    with pytest.raises(UnsupportedMediaError, match="WAV"):
         fetcher.fetch("audio", b"RIFF")
+
+
+def wav(samples: np.ndarray, rate: int = 8000) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+SOUND = np.random.default_rng(1).uniform(-1, 1, 4000).astype(np.float32)
+
+
+def test_every_form_of_a_sound_has_the_same_digest(fetcher: Fetcher, tmp_path: Path) -> None:
+    file = wav(SOUND)
+    (tmp_path / "a.mp3").write_bytes(file)  # told by content
+    forms = [
+        (SOUND, 8000), (torch.from_numpy(SOUND), 8000), (SOUND[None], 8000), (np.stack([SOUND, SOUND], 1), 8000), file,
+        bytearray(file), tmp_path / "a.mp3", str(tmp_path / "a.mp3"), data_url(file, "audio/any"),
+    ]  # fmt: skip
+    items = [fetcher.fetch("audio", form).load() for form in forms]
+    assert len({item.digest for item in items}) == 1
+    assert all(np.array_equal(item.data, SOUND) for item in items)
+    assert all(np.array_equal(load_audio(form).samples, SOUND) for form in forms)
+    assert items[0].info == items[4].info == {"sample_rate": 8000, "samples": 4000}
+    assert fetcher.fetch("audio", (SOUND, 8001)).item.digest != items[0].digest
+
+
+def test_the_digest_and_the_alias_know_the_rate(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int | None] = []
+    real = fetch.decode_audio
+    monkeypatch.setattr(
+        fetch, "decode_audio", lambda data, rate, limits: calls.append(rate) or real(data, rate, limits)
+    )
+    file = wav(SOUND)
+    found = {rate: fetcher.fetch("audio", file, sampling_rate=rate).item for rate in (None, 8000, 16000, 8000, None)}
+    assert calls == [None, 8000, 16000]  # known bytes are not decoded again
+    assert found[None].digest == found[8000].digest != found[16000].digest
+    assert found[16000].info == {"sample_rate": 16000, "samples": 8000}
+    again = fetcher.fetch("audio", file, sampling_rate=16000)
+    assert again.item.data is None
+    assert again.load().data.shape == (8000,)
+    assert fetcher.fetch("audio", (SOUND, 8000), sampling_rate=16000).item.digest == found[16000].digest
+
+
+def test_a_sound_that_was_cut_off_is_marked(fetcher: Fetcher) -> None:
+    for _ in range(2):
+        assert fetcher.fetch("audio", wav(SOUND)[:9000]).item.info["cut_off"]
 
 
 def test_modalities_of_the_family() -> None:

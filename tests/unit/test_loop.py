@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bench.loop_cost import decode_cost, whole_run
-from support.fake_model import Faults, World, expected_tokens, feature, make_request
+from support.fake_model import Faults, World
+from support.fake_requests import expected_tokens, feature, make_request
 
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.fake_model import Faults, World, expected_tokens, feature, make_request
+from support.fake_model import Faults, World
+from support.fake_requests import expected_tokens, feature, make_request
 
 from mm_core.cache import EncoderCache
 from mm_core.config import SamplingParams

@@ -80,6 +80,30 @@ def test_sampling_bounds() -> None:
         sample_indices(9, None, VideoSampling())
 
 
+@pytest.mark.parametrize(("total", "count"), [(20, 8), (8, 8), (3, 8), (1, 4), (5, 1), (20, 7)])
+def test_spread_frames(total: int, count: int) -> None:
+    """From the first to the last; of a short video some come again, also of a file."""
+    wanted = [round(i * (total - 1) / (count - 1)) if count > 1 else 0 for i in range(count)]
+    sampling = VideoSampling(fps=None, num_frames=count, given_frames=True, spread=True)
+    assert sample_indices(total, None, sampling) == wanted
+    given = frames_to_video(np.arange(total, dtype=np.uint8)[:, None, None, None].repeat(3, 3), 5.0, sampling)
+    assert given.frames[:, 0, 0, 0].tolist() == wanted
+    assert given.times == tuple(i / 5.0 for i in wanted)
+    data = clip(total)
+    every = decode_video(data, VideoSampling(fps=None, num_frames=None)).frames
+    assert np.array_equal(decode_video(data, sampling).frames, every[wanted])
+
+
+def test_spread_frames_by_rate() -> None:
+    sampling = VideoSampling(fps=2.0, spread=True, max_frames=50)
+    assert sample_indices(100, 10.0, sampling) == [round(i * 99 / 19) for i in range(20)]
+    assert sample_indices(3, 30.0, sampling) == [0]
+    with pytest.raises(InvalidParamsError, match="num_frames"):
+        sample_indices(3, None, sampling)
+    with pytest.raises(MediaTooLargeError, match="the limit is 50"):
+        sample_indices(1000, 10.0, sampling)
+
+
 def clip(count: int = 20, kind: str = "mp4", size: tuple[int, int] = (64, 48), rate: int = 10) -> bytes:
     """Frame i is grey of level 10·i, its left half darker."""
     av = pytest.importorskip("av")

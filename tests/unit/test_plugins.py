@@ -138,13 +138,16 @@ class Instance:
 
 def test_an_object_is_a_plugin_and_a_class_is_not():
     found = registry(Instance())
-    assert found.call_owner("mm_fusion", found.resolve(["InstModel"]), family="inst", checkpoint=None).kind == "embed"
+    assert (
+        found.call_owner("mm_fusion", found.resolve(["InstModel"]), family="inst", checkpoint=None, context=None).kind
+        == "embed"
+    )
     with pytest.raises(PluginError, match=r"is a class. Give an instance, `Instance\(\)`"):
         registry(Instance)
 
 
 def test_contract_faults_name_plugin_hook_and_signature():
-    def unmarked(family, checkpoint): ...
+    def unmarked(family, checkpoint, context): ...
 
     with pytest.raises(PluginError, match=r"'p': mm_procesor\(family\) is no hook.*Did you mean mm_processor\(family"):
         registry(plugin("p", mm_procesor=lambda family: None))
@@ -152,13 +155,15 @@ def test_contract_faults_name_plugin_hook_and_signature():
         registry(plugin("p", render=lambda family: None))
     module = plugin("p")
     module.mm_fusion = unmarked
-    with pytest.raises(PluginError, match=r"'p': mm_fusion\(family, checkpoint\) has no @hookimpl"):
+    with pytest.raises(PluginError, match=r"'p': mm_fusion\(family, checkpoint, context\) has no @hookimpl"):
         registry(module)
     module = plugin("p")
     module.mm_fuzion = unmarked
     with pytest.raises(PluginError, match=r"Did you mean mm_fusion\("):
         registry(module)
-    with pytest.raises(PluginError, match=r"takes 'ckpt', which.*signature is mm_fusion\(family, checkpoint\)"):
+    with pytest.raises(
+        PluginError, match=r"takes 'ckpt', which.*signature is mm_fusion\(family, checkpoint, context\)"
+    ):
         registry(plugin("p", mm_fusion=lambda family, ckpt: None))
 
 
@@ -194,7 +199,7 @@ def test_only_the_owner_is_called():
         )
 
     found = registry(plugin("a", mm_fusion=fusion("a")), plugin("b", mm_fusion=fusion("b")))
-    found.call_owner("mm_fusion", found.resolve(["aModel"]), family="a", checkpoint=7)
+    found.call_owner("mm_fusion", found.resolve(["aModel"]), family="a", checkpoint=7, context=None)
     assert calls == [("a", "a", 7)]
 
 
@@ -224,7 +229,7 @@ def test_the_decoder_is_the_owners_then_cores():
 )
 def test_what_a_hook_gives_is_checked(hook, given, says):
     found = registry(plugin("p", **{hook: lambda: given}))
-    arguments = {"family": "f", "checkpoint": None} | ({"context": None} if hook == "mm_encoder" else {})
+    arguments = {"family": "f", "checkpoint": None} | ({"context": None} if hook in ("mm_encoder", "mm_fusion") else {})
     with pytest.raises(PluginError, match=rf"Plugin 'p': {hook}\(.*\) {says}"):
         found.call_owner(hook, found.resolve(["pModel"]), **arguments)
 
@@ -238,8 +243,8 @@ def test_a_hook_that_is_not_there_or_raises():
 
     found = registry(plugin("p", mm_processor=broken, mm_encoder=refuses))
     owner = found.resolve(["pModel"])
-    with pytest.raises(PluginError, match=r"'p': mm_fusion\(family, checkpoint\) is not implemented"):
-        found.call_owner("mm_fusion", owner, family="f", checkpoint=None)
+    with pytest.raises(PluginError, match=r"'p': mm_fusion\(family, checkpoint, context\) is not implemented"):
+        found.call_owner("mm_fusion", owner, family="f", checkpoint=None, context=None)
     with pytest.raises(PluginError, match=r"mm_processor\(.*\) raised KeyError: 'vision_config'") as caught:
         found.call_owner("mm_processor", owner, family="f", checkpoint=None)
     assert isinstance(caught.value.__cause__, KeyError)

@@ -10,7 +10,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from support.fake_model import World, expected_tokens, feature, make_request, random_faults
+from support.fake_model import World, random_faults
+from support.fake_requests import expected_tokens, feature, make_request, make_source
 
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache
@@ -328,10 +329,13 @@ def test_policy_prefers_cached_prefixes_and_ages() -> None:
 
 MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9), feature("d", 2, cost=100)]
 PARTS = st.lists(st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14)
+TEXT = st.lists(st.integers(8, 9), min_size=1, max_size=9)
+SOURCES = [make_source(p) for p in ([MEDIA[0]], [MEDIA[1], MEDIA[0]], [MEDIA[2]], [8, MEDIA[1], 9], [8, 9, 8, 9, 10])]
 STOPS = st.sampled_from([frozenset(), frozenset(range(8, 14)), frozenset({20})])
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2), STOPS),
+        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2), STOPS, st.none()),
+        st.tuples(st.just("add"), TEXT, st.integers(1, 12), st.integers(1, 2), STOPS, st.sampled_from(SOURCES)),
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("clear")),
@@ -349,6 +353,7 @@ WORLDS = {
     "max_tokens": st.integers(1, 40),
     "encoder_rows": st.integers(9, 30),
     "encoder_budget": st.integers(1, 80),
+    "source_budget": st.sampled_from([0, 1, 12]),
     "reuse": st.booleans(),
     "faults": st.one_of(st.none(), st.integers(0, 1000)),
 }
@@ -383,10 +388,11 @@ def live(actions: list[tuple], faults: int | None, **settings: Any) -> None:
     aborted = set()
     for name, *values in actions:
         if name == "add":
-            parts, length, n, stops = values
+            parts, length, n, stops, source = values
             params = SamplingParams(max_tokens=length, temperature=0, n=n)
-            request = make_request(str(len(world.sequences)), parts, params, stop_token_ids=stops)
-            if len(request.token_ids) + length <= settings["num_blocks"] * 4:
+            extra = {} if source is None else {"source": source, "kv_context": source.key}
+            request = make_request(str(len(world.sequences)), parts, params, stop_token_ids=stops, **extra)
+            if len(request.token_ids) + length <= world.scheduler.sources.max_length(request):
                 world.add(request)
         elif name == "step":
             for _ in range(values[0]):

@@ -16,6 +16,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGPROB_TOKEN_IDS = 64
+MAX_LOGITS_PROCESSORS = 16
 MAX_SEED = 2**63 - 1
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -70,6 +72,10 @@ class SamplingParams(_Settings):
     chosen one, under the model's own distribution (before any of the settings here).
     stop: strings; the text ends before the first of them unless include_stop_str_in_output.
     seed: makes the request's tokens repeatable, alone or in any batch.
+    logprob_token_ids: tokens whose log-probabilities are reported beside those of `logprobs` (0 where that is
+    None), at most 64.
+    logits_processors: callables on the request's logits, `types.LogitsProcessor`, applied in order after
+    logit_bias; min_tokens, penalties and temperature come after them. At most 16, hashable.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
@@ -90,6 +96,8 @@ class SamplingParams(_Settings):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     logit_bias: Mapping[int, float] = Field(default_factory=dict)
     skip_special_tokens: bool = True
+    logprob_token_ids: tuple[int, ...] = ()
+    logits_processors: tuple[Any, ...] = ()
 
     @classmethod
     def _error(cls) -> type[MMError]:
@@ -102,9 +110,9 @@ class SamplingParams(_Settings):
             return ()
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
-    @field_validator("stop_token_ids", mode="before")
+    @field_validator("stop_token_ids", "logprob_token_ids", "logits_processors", mode="before")
     @classmethod
-    def _ids_as_tuple(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else () if value is None else value
 
     @field_validator("logit_bias", mode="before")
@@ -128,6 +136,10 @@ class SamplingParams(_Settings):
             raise ValueError("logit_bias values lie between -100 and 100")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} ids, the limit is {MAX_STOP_TOKEN_IDS}")
+        if len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            count = len(self.logprob_token_ids)
+            raise ValueError(f"logprob_token_ids has {count} ids, the limit is {MAX_LOGPROB_TOKEN_IDS}")
+        _check_processors(self.logits_processors)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         return self
@@ -141,6 +153,32 @@ class SamplingParams(_Settings):
     def penalised(self) -> bool:
         """Whether earlier tokens change the scores: only then does anybody read them."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether somebody reads earlier tokens."""
+        return self.penalised or bool(self.logits_processors)
+
+    @property
+    def best_logprobs(self) -> int | None:
+        """Log-probabilities of how many best tokens are reported; None: none are, not even the chosen one's."""
+        return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
+
+
+def _check_processors(processors: tuple[Any, ...]) -> None:
+    if len(processors) > MAX_LOGITS_PROCESSORS:
+        raise ValueError(f"logits_processors has {len(processors)} entries, the limit is {MAX_LOGITS_PROCESSORS}")
+    for processor in processors:
+        kind = type(processor).__name__
+        if not callable(processor):
+            raise ValueError(f"logits_processors holds a {kind}; want callables (logits, rows) -> logits")
+        try:
+            hash(processor)
+        except TypeError:
+            raise ValueError(
+                f"logits_processors holds a {kind} that cannot be hashed (equal ones of several requests are called "
+                "once); make it a function, or a dataclass with frozen=True"
+            ) from None
 
 
 class KvCacheConfig(_Settings):

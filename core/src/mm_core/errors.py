@@ -32,10 +32,7 @@ and is what a server puts in an error body. (`OutOfMemoryError` is not Python's 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mm_core.types import RequestOutput
+from typing import Any
 
 
 class MMError(Exception):
@@ -146,7 +143,7 @@ class MediaDecodeError(MediaError):
 class MediaTooLargeError(MediaError):
     """A ceiling on pixels, frames, samples or bytes, checked before the memory is taken.
 
-    `code` is "image_too_large" for pictures.
+    `code` is "image_too_large" for pictures, "audio_too_long" for sound.
     """
 
     code = "media_too_large"
@@ -184,12 +181,13 @@ class RequestAbortedError(RequestError):
 class BatchError(MMError):
     """Some requests of a list failed; the others' results are kept.
 
-    outputs: as long as the list, None where a request failed. errors: index → what went wrong.
+    outputs: as long as the list, None where a request failed (results, where these were tasks). errors:
+    index → what went wrong.
     """
 
     code = "batch_error"
 
-    def __init__(self, outputs: list[RequestOutput | None], errors: dict[int, MMError]) -> None:
+    def __init__(self, outputs: list[Any], errors: dict[int, MMError]) -> None:
         index, first = next(iter(errors.items()))
         super().__init__(
             f"{len(errors)} of {len(outputs)} requests failed; the first is number {index}: {first} "

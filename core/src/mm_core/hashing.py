@@ -94,6 +94,11 @@ def media_key(hasher: Hasher, namespace: bytes, variant: bytes, digest: bytes, u
     return hasher(encode_fields((namespace, variant, digest, uuid)))
 
 
+def source_key(hasher: Hasher, key: bytes, index: int) -> bytes:
+    """Key of block `index` of a source's keys and values; key: `types.Source.key`."""
+    return hasher(encode_fields(("source", key, index)))
+
+
 def block_key(
     hasher: Hasher,
     parent: bytes,
@@ -106,7 +111,7 @@ def block_key(
 
     token_ids: the block's ids. media: (media key, offset in the item) for each item that touches
     the block, the offset being that of the block's first token of the item. context: salt and
-    what `Fusion.condition` read. positions: of the block's tokens, where they are not their indices.
+    `PreparedRequest.kv_context`. positions: of the block's tokens, where they are not their indices.
     """
     ids = struct.pack(f"<{len(token_ids)}q", *token_ids)
     fields: list[Field] = [parent, ids, context, positions, len(media)]

@@ -7,14 +7,24 @@ the entry-point group `mm_core`, the entry point's name being the family's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import pluggy
 
-from mm_core.types import MediaFeature, MediaItem, Modality, ModelFamily, PlaceholderRange
+from mm_core.benchspecs import BenchFamily
+from mm_core.types import (
+    LogitsProcessor,
+    MediaFeature,
+    MediaItem,
+    Modality,
+    ModelFamily,
+    PlaceholderRange,
+    RequestOutput,
+    TaskRequest,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,29 +110,37 @@ class MediaRequest:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """A family's own stop ids, beside those of generation_config.json."""
+    """What a family adds to every request: stop ids beside those of generation_config.json, and logits
+    processors, which come before the request's own."""
 
     stop_token_ids: tuple[int, ...] = ()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
 
 @runtime_checkable
 class Processor(Protocol):
     """Text and media to features. Thread-safe; torch only where tensors are made.
 
-    A processor that reads videos may also have `video_sampling(request: MediaRequest) ->
-    media.VideoSampling`: which frames of a file to decode.
+    What a processor may also have:
+
+    video_sampling(request: MediaRequest) -> media.VideoSampling: which frames of a video file to decode.
+    sampling_rate: int: audio comes to `prepare` mono at this rate (Hz), resampled by core.
+    limits: Mapping[Modality, int]: how many items of a modality a request may have.
+    add_special_tokens: bool: whether a raw prompt gets what the tokenizer puts around a text (default True).
+    start_chat: bool: whether a chat prompt begins with what the tokenizer puts before a text (default False).
     """
 
     tokenizer: Any
     modalities: tuple[Modality, ...]
     settings_key: bytes  # the checkpoint's preprocessing settings, serialised; enters every media key
 
-    def placeholder(self, modality: Modality) -> str:
-        """The text that stands for one item in a prompt, e.g. `<|image_pad|>`."""
+    def placeholder(self, modality: Modality) -> str | None:
+        """The text that stands for one item in a prompt, e.g. `<|image_pad|>`; None where items have no
+        place in it (cross-attention). It is one token."""
         ...
 
-    def placeholder_id(self, modality: Modality) -> int:
-        """The token id of `placeholder(modality)`."""
+    def placeholder_id(self, modality: Modality) -> int | None:
+        """The token id of `placeholder(modality)`, or None."""
         ...
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -148,7 +166,8 @@ class Processor(Protocol):
         ...
 
     def expand(self, feature: MediaFeature) -> tuple[Sequence[int], Sequence[bool]]:
-        """Token ids that replace the placeholder, and which of them take an encoder row."""
+        """Token ids that replace the placeholder, and which of them take an encoder row. Two empty lists
+        where cross-attention reads the rows."""
         ...
 
     def default_sampling(self) -> SamplingDefaults:
@@ -184,7 +203,21 @@ class Encoder(Protocol):
 
 
 class Fusion(Protocol):
-    """How rows and text become the decoder's input."""
+    """How rows and text become the decoder's input.
+
+    kind: `embed`: rows replace placeholders in the decoder's prompt. `cross_attention`: the decoder attends
+    to the rows. `encoder_decoder`: a text encoder reads prompt and rows, the decoder attends to what it gives.
+
+    What a fusion may also have:
+
+    decoder_prompt: tuple[int, ...]: what the decoder begins with; needed for `encoder_decoder`.
+    instruction(text: str) -> Sequence[int]: of a request's prompt (media left out), the ids that `condition`
+    reads; they enter the request's KV keys. Called once a request.
+    condition(rows: Sequence[Tensor], instructions: Sequence[Sequence[int]]) -> list[Tensor]: each item's
+    encoder rows [num_tokens, encoder.hidden_size] to what is placed, [num_fused, hidden], with the instruction
+    of its request. Such a fusion is an nn.Module with a `weight_map`. The encoder's rows stay as they are in
+    the cache, whatever is asked about them.
+    """
 
     kind: Literal["embed", "cross_attention", "encoder_decoder"]
 
@@ -206,7 +239,17 @@ class KVCacheSpec:
 
 
 class Decoder(Protocol):
-    """The language model: an nn.Module over flattened batches (T tokens of all sequences)."""
+    """The language model: an nn.Module over flattened batches (T tokens of all sequences).
+
+    A decoder with cross-attention has two `kv_specs` of one shape, "self" and "cross": their blocks come
+    from one pool. It also has
+
+    write_source(rows: Tensor, context: layers.ForwardContext) -> None: [N, hidden] of several sources one
+    after another; projects them to every layer's keys and values and writes these where
+    context.tables["cross"].slot_mapping [N] says.
+    encode_source(embeds: Tensor, bounds: Tensor, longest: int) -> Tensor: for kind `encoder_decoder`, the text
+    encoder: embedded texts [N, hidden], rows in place, of the sources bounds [S + 1] int32 → [N, hidden].
+    """
 
     hidden_size: int
     vocab_size: int
@@ -240,37 +283,9 @@ class DecoderSpec:
     max_model_len: int
 
 
-@dataclass(frozen=True)
-class BenchPrompt:
-    """Pieces of a benchmark's prompt, special tokens spelt out. head: what begins the user's turn;
-    media: one item with its placeholder; tail: from the end of the turn to where the answer begins."""
-
-    head: str
-    media: str
-    tail: str
-
-
-@dataclass(frozen=True)
-class BenchModel:
-    """A checkpoint without weights, of a real model's sizes. files: content by name (config.json,
-    preprocessor_config.json, …). special_tokens: {text: id}; core writes a byte-level tokenizer
-    with these and with ordinary words at every other id below the largest of them."""
-
-    files: Mapping[str, Mapping[str, Any]]
-    special_tokens: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class BenchFamily:
-    """How a family is benchmarked. models: by the name that `mm bench --model` takes.
-    encoder_flops(config, info): floating-point operations (a multiply-add is two) to encode an item
-    whose `MediaFeature.info` is `info`, `config` being config.json. encoder_params(config): the
-    encoder's weights that one pass reads."""
-
-    prompt: BenchPrompt
-    models: Mapping[str, BenchModel]
-    encoder_flops: Callable[[Mapping[str, Any], Mapping[str, Any]], float]
-    encoder_params: Callable[[Mapping[str, Any]], int]
+Task = Callable[..., Generator[Sequence[TaskRequest], Sequence[RequestOutput], Any]]
+"""A task beside generation. Called with the user's keyword arguments, it yields requests, receives
+their outputs in order, and returns the result. It raises InvalidParamsError for arguments that make no sense."""
 
 
 class HookSpecs:
@@ -290,12 +305,16 @@ class HookSpecs:
         """The family's encoder; called on the owner only."""
 
     @hookspec(firstresult=True)
-    def mm_fusion(self, family: str, checkpoint: Checkpoint) -> Fusion:  # type: ignore[empty-body]
+    def mm_fusion(self, family: str, checkpoint: Checkpoint, context: BuildContext) -> Fusion:  # type: ignore[empty-body]
         """How rows and text are fused; called on the owner only."""
 
     @hookspec(firstresult=True)
     def mm_decoder(self, family: str, checkpoint: Checkpoint) -> DecoderSpec:  # type: ignore[empty-body]
         """The decoder; called on the owner, then on core's default."""
+
+    @hookspec(firstresult=True)
+    def mm_tasks(self, family: str, checkpoint: Checkpoint) -> Mapping[str, Task]:  # type: ignore[empty-body]
+        """Named tasks beside generation, e.g. "transcribe", for `Engine.task`; called on the owner only."""
 
     @hookspec(firstresult=True)
     def mm_bench(self, family: str) -> BenchFamily:  # type: ignore[empty-body]

@@ -30,7 +30,12 @@ OFFICIAL: Mapping[str, tuple[str, ...]] = {
         "LlavaNextForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
     ),
-    "nvila": ("LlavaLlamaModel", "VILAForCausalLM", "NVILAForConditionalGeneration"),
+    "nvila": (
+        "LlavaLlamaModel",
+        "NVILAForConditionalGeneration",
+        "NVILALiteForConditionalGeneration",
+        "VILAForConditionalGeneration",
+    ),
     "blip2": ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"),
     "whisper": ("WhisperForConditionalGeneration",),
     "nougat": ("VisionEncoderDecoderModel",),
@@ -118,6 +123,10 @@ class PluginRegistry:
         """Every family whose plugin implements a hook, by the plugin's name."""
         names = [info.name for info in self.describe() if hook in info.hooks]
         return [Owner(name, family) for name in names for family in self._families[name]]
+
+    def implements(self, hook: str, owner: Owner) -> bool:
+        """Whether the owner has a hook that not every family needs."""
+        return hook in self._infos[owner.plugin].hooks
 
     def call_owner(self, hook: str, owner: Owner, *, default: object | None = None, **arguments: Any) -> Any:
         """Call one hook of the owner, then of `default` (a module with core's own implementation).
@@ -330,6 +339,7 @@ _RETURNS: Mapping[str, str] = {
     "mm_encoder": "an Encoder (an nn.Module with hidden_size, weight_map and cost)",
     "mm_fusion": f"a Fusion (kind of {', '.join(_FUSION_KINDS)}; positions)",
     "mm_decoder": "a DecoderSpec",
+    "mm_tasks": "a mapping from names to tasks (callables that give generators)",
     "mm_bench": "a BenchFamily",
 }
 
@@ -342,6 +352,8 @@ def _fault(hook: str, result: Any) -> str | None:
     """What is wrong with what a hook gave; None where it is as the contract says."""
     kind = type(result).__name__
     if hook == "mm_decoder" and not isinstance(result, DecoderSpec):
+        return f"returned {kind}"
+    if hook == "mm_tasks" and not (isinstance(result, Mapping) and all(map(callable, result.values()))):
         return f"returned {kind}"
     needed = _ATTRIBUTES.get(hook, ())
     if hook == "mm_processor" and not isinstance(result, Processor):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,8 @@ class MediaFeature:
     num_tokens: rows the encoder gives for it (= placeholder tokens, or encoder rows for
     cross-attention). tensors: the encoder's inputs, on the CPU. info: small facts that
     `expand`, `positions` and `cost` need (grids and the like). key: the media key, set by the
-    core; nbytes: memory of the tensors, for cache bounds.
+    core; nbytes: memory of the tensors, for cache bounds. num_fused: where `Fusion.condition`
+    makes another number of rows of the encoder's, how many; those are its placeholder tokens then.
     """
 
     modality: Modality
@@ -107,6 +108,12 @@ class MediaFeature:
     tensors: Mapping[str, Tensor]
     info: Mapping[str, Any] = field(default_factory=dict)
     key: bytes = b""
+    num_fused: int | None = None
+
+    @property
+    def num_placed(self) -> int:
+        """Rows that fusion places, one a placeholder token."""
+        return self.num_tokens if self.num_fused is None else self.num_fused
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +126,8 @@ class PlaceholderRange:
     """Where one item lies in the prompt: tokens [offset, offset + length).
 
     is_media[i] says whether token offset+i is replaced by an encoder row (True) or is a
-    separator that the tokenizer knows (False); sum(is_media) == feature.num_tokens.
+    separator that the tokenizer knows (False); sum(is_media) == feature.num_placed. Items whose
+    rows are read by cross-attention have no tokens in the prompt: length 0, all in `Source.ranges`.
     """
 
     offset: int
@@ -134,20 +142,39 @@ class PlaceholderRange:
 
     @cached_property
     def row_tokens(self) -> np.ndarray[Any, Any]:
-        """[num_tokens] int64: for each encoder row, its token's place within the range."""
+        """[num_placed] int64: for each fused row, its token's place within the range."""
         import numpy as np
 
         return np.flatnonzero(np.asarray(self.is_media, dtype=bool))
 
 
 @dataclass(frozen=True)
+class Source:
+    """What the decoder reads by cross-attention: media alone (fusion kind `cross_attention`), or text and
+    media through a text encoder (`encoder_decoder`).
+
+    key: of its keys and values in every cache: a hash of salt, model, media keys, `token_ids` and what
+    `condition` read. num_tokens: keys and values a layer. token_ids: what the text encoder reads, media
+    expanded; empty for media alone. ranges: its media in order; with `token_ids`, where they lie in these,
+    else of length 0.
+    """
+
+    key: bytes
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+    ranges: tuple[PlaceholderRange, ...] = ()
+
+
+@dataclass(frozen=True)
 class PreparedRequest:
     """A request that is ready to be scheduled; everything slow has been done.
 
-    token_ids: the expanded prompt. ranges: in prompt order. positions: int32 [axes, n] or None
-    for 0…n-1; decode_delta: position of output token i is n + i + decode_delta.
-    kv_context: whatever beside tokens and media enters the KV keys (what `condition` read).
+    token_ids: the expanded prompt of the decoder. ranges: in prompt order. positions: int32 [axes, n] or
+    None for 0…n-1; decode_delta: position of output token i is n + i + decode_delta.
+    kv_context: whatever beside tokens and media enters the KV keys (what `condition` read, the source's key).
     block_keys: keys of the prompt's full blocks of `block_size` tokens, computed ahead, or none.
+    source: what cross-attention reads, where the family has it; the request's media are there then.
+    instruction: token ids that `Fusion.condition` reads.
     """
 
     request_id: str
@@ -161,6 +188,55 @@ class PreparedRequest:
     stop_token_ids: frozenset[int] = frozenset()
     block_size: int = 0
     block_keys: tuple[bytes, ...] = ()
+    source: Source | None = None
+    instruction: tuple[int, ...] = ()
+
+    @property
+    def media(self) -> tuple[PlaceholderRange, ...]:
+        """All items of the request, wherever they are read."""
+        return self.ranges if self.source is None else self.source.ranges
+
+    @property
+    def user_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the user gave it, media expanded: what a text encoder reads, where there is one."""
+        return self.source.token_ids if self.source is not None and self.source.token_ids else self.token_ids
+
+
+@dataclass(frozen=True)
+class LogitsRows:
+    """What a logits processor may know of the rows it is given, R of them.
+
+    prompt_token_ids: of each row, on the host. output_token_ids: [R, L] int64 on the logits' device, -1
+    beyond a row's end; the newest token may be there before the host knows it. num_output_tokens: of each
+    row, on the host and as int64 [R] on the device (`lengths`); L is at least their maximum.
+    """
+
+    prompt_token_ids: Sequence[tuple[int, ...]]
+    output_token_ids: Tensor
+    num_output_tokens: Sequence[int]
+    lengths: Tensor
+
+
+class LogitsProcessor(Protocol):
+    """Changes the logits of the requests that name it in `SamplingParams.logits_processors`.
+
+    Called once a step for all rows whose requests have an equal one (`==` and `hash`, so a frozen
+    dataclass does): logits [R, vocab] float32 on the model's device, which it may write to. Returns
+    [R, vocab]. It must not wait for the device (no `.item()`, no `.cpu()`): it is called while steps run.
+    """
+
+    def __call__(self, logits: Tensor, rows: LogitsRows) -> Tensor:
+        """[R, vocab] → [R, vocab]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """One request of a task. prompt: as `Engine.generate` takes it. params: SamplingParams, or None."""
+
+    prompt: Any
+    params: Any = None
+    apply_chat_template: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -174,9 +250,10 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one request. `cached_tokens` of the prompt were served from the KV cache;
-    `media_tokens` of the prompt stand for media; `encoded_media_tokens` of those were encoded for
-    this request (0 where the encoder cache, or the KV cache, had them)."""
+    """Token counts of one request. `cached_tokens` of what the decoder reads as its prompt were served from
+    the KV cache; `media_tokens` of the prompt stand for media (rows, where the decoder attends to media that
+    have no place in it); `encoded_media_tokens` of those were encoded for this request (0 where the encoder
+    cache, or the KV cache, had them)."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

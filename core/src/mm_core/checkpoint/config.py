@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_core.checkpoint.files import sample_file
 from mm_core.checkpoint.json_files import read_json_object, strip_code
-from mm_core.checkpoint.source import Source, locate
+from mm_core.checkpoint.source import Source, locate, sub_checkpoints
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.hashing import encode_fields, get_hasher
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
 _DTYPES = ("float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 class LoadedCheckpoint:
@@ -28,14 +29,19 @@ class LoadedCheckpoint:
 
     name: as the user gave it. path: its directory. identity: digest of config.json, of the
     weight files' headers and samples of their content, and of the revision; it enters every
-    cache key. config: config.json without the keys that name code.
+    cache key. config: config.json without the keys that name code. parts: folders with a config.json and
+    weights of their own (`source.sub_checkpoints`); the settings of one are `config["<part>_cfg"]`, and
+    tokenizer, generation and processor settings are looked for there where the checkpoint itself has none.
     """
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
         self.path = source.path
         self.revision = source.revision
-        self.config: Mapping[str, Any] = self._require_config()
+        config = self._require_config()
+        self.parts = sub_checkpoints(self.path, config)
+        own = {f"{part}_cfg": self._read(folder / "config.json") for part, folder in self.parts.items()}
+        self.config: Mapping[str, Any] = {**config, **own}
         self._lock = threading.Lock()
         self._tokenizer: Any = None
 
@@ -64,25 +70,23 @@ class LoadedCheckpoint:
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
         """generation_config.json, or an empty mapping."""
-        return self.read_json("generation_config.json") or {}
+        return self._first_json("generation_config.json") or {}
 
     @cached_property
     def processor_config(self) -> Mapping[str, Mapping[str, Any]]:
         """Preprocessing settings by part; "processor" holds what belongs to no part."""
         return split_processor_config(
-            self.read_json("processor_config.json"),
-            self.read_json("preprocessor_config.json"),
-            self.read_json("video_preprocessor_config.json"),
+            self._first_json("processor_config.json"),
+            self._first_json("preprocessor_config.json"),
+            self._first_json("video_preprocessor_config.json"),
         )
 
     @cached_property
     def identity(self) -> bytes:
         """Digest of what the checkpoint is; reads a few hundred kilobytes, not the weights."""
-        fields: list[bytes | str | int] = [self.revision, (self.path / "config.json").read_bytes()]
-        index = self.path / "model.safetensors.index.json"
-        fields.append(index.read_bytes() if index.is_file() else b"")
-        for file in sorted(self.path.glob("*.safetensors")):
-            fields += [file.name, sample_file(file)]
+        fields: list[bytes | str | int] = [self.revision, *_identity_of(self.path)]
+        for part, folder in self.parts.items():
+            fields += [part, *_identity_of(folder)]
         return get_hasher("sha256")(encode_fields(fields))
 
     @property
@@ -90,15 +94,39 @@ class LoadedCheckpoint:
         """The tokenizer, loaded on first use, once, by transformers' AutoTokenizer."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = _load_tokenizer(self.name, self.path)
+                self._tokenizer = _load_tokenizer(self.name, self._tokenizer_folder())
             return self._tokenizer
 
     def read_json(self, name: str) -> Mapping[str, Any] | None:
         """A JSON object beside config.json, without keys that name code; None where it is absent."""
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"'{name}' lies outside the checkpoint. Give a file name inside it.")
-        file = self.path / name
+        return self._read(self.path / name)
+
+    def _read(self, file: Path) -> Mapping[str, Any] | None:
         return strip_code(read_json_object(file)) if file.is_file() else None
+
+    def _first_json(self, name: str) -> Mapping[str, Any] | None:
+        """The file beside config.json, else the first part's that has one."""
+        found = (self._read(folder / name) for folder in (self.path, *self.parts.values()))
+        return next((settings for settings in found if settings is not None), None)
+
+    def _tokenizer_folder(self) -> Path:
+        for folder in (self.path, *self.parts.values()):
+            if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+                return folder
+        return self.path
+
+
+def _identity_of(folder: Path) -> list[bytes | str]:
+    index = folder / "model.safetensors.index.json"
+    fields: list[bytes | str] = [
+        (folder / "config.json").read_bytes(),
+        index.read_bytes() if index.is_file() else b"",
+    ]
+    for file in sorted(folder.glob("*.safetensors")):
+        fields += [file.name, sample_file(file)]
+    return fields
 
 
 def open_checkpoint(name: str, *, revision: str | None = None, show_progress: bool = True) -> LoadedCheckpoint:
@@ -111,9 +139,11 @@ def flat_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Qwen2-VL on the hub keeps them at the top; transformers 5 writes `text_config`, with
     `rope_parameters`. Where both say whether embeddings are tied, the top level decides, as in
-    transformers.
+    transformers. The part `llm` of a checkpoint that is kept in parts is a complete model's settings.
     """
     nested = config.get("text_config")
+    if not isinstance(nested, Mapping) and isinstance(config.get("llm_cfg"), Mapping):
+        nested, config = config["llm_cfg"], {}
     if not isinstance(nested, Mapping):
         nested = {key: value for key, value in config.items() if key not in ("vision_config", "audio_config")}
     flat = dict(nested)
@@ -192,9 +222,13 @@ def _load_tokenizer(name: str, path: Path) -> Any:
 
 
 def _stage_tokenizer(path: Path, folder: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     for file in path.iterdir():
         if not file.is_file() or file.suffix in (".py", ".safetensors", ".bin", ".pt", ".pth"):
             continue
+        if file.name == "config.json" and read_json_object(file).get("model_type") not in CONFIG_MAPPING_NAMES:
+            continue  # AutoTokenizer would take no more of it than a reason to warn
         if file.suffix == ".json" and file.name != "tokenizer.json" and b"auto_map" in file.read_bytes():
             cleaned = strip_code(read_json_object(file))
             (folder / file.name).write_text(json.dumps(cleaned), encoding="utf-8")

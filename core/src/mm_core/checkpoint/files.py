@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ _SHOWN = 20
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as its file's header tells it. `dtype` in the format's spelling ("F32", "BF16");
-    its data are `nbytes` bytes from byte `offset` of the file on."""
+    its data are `nbytes` bytes from byte `offset` of the file on. prefix: what `name` has before the
+    tensor's name in the file."""
 
     name: str
     file: Path
@@ -37,11 +38,17 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    prefix: str = ""
 
     @property
     def itemsize(self) -> int:
         """Bytes of one value; KeyError for a dtype that is not in ITEM_BYTES."""
         return ITEM_BYTES[self.dtype]
+
+    @property
+    def stored_name(self) -> str:
+        """The tensor's name in its file."""
+        return self.name.removeprefix(self.prefix)
 
 
 def listed(names: list[str]) -> str:
@@ -109,12 +116,15 @@ def _entry(value: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     return str(value["dtype"]), shape, int(begin), int(stop)
 
 
-def find_tensors(name: str, path: Path) -> dict[str, TensorInfo]:
+def find_tensors(name: str, path: Path, parts: Mapping[str, Path] | None = None) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint, each from the one file that holds it for good.
 
     With an index, the file the index names decides; other copies don't count. Absent shards are
-    listed in one CheckpointError before anything is loaded.
+    listed in one CheckpointError before anything is loaded. parts: see `source.sub_checkpoints`; the
+    tensors of a part are called `<part>.<name>`.
     """
+    if parts:
+        return _find_in_parts(name, parts)
     index = path / INDEX
     if index.is_file():
         return _find_indexed(name, path, index)
@@ -128,6 +138,17 @@ def find_tensors(name: str, path: Path) -> dict[str, TensorInfo]:
                 )
             tensors[info.name] = info
     return tensors
+
+
+def _find_in_parts(name: str, parts: Mapping[str, Path]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for part, folder in parts.items():
+        if not any(folder.glob("*.safetensors*")):
+            continue  # a part may be without weights; what is missing is named when names are compared
+        prefix = f"{part}."
+        for tensor, info in find_tensors(f"{name}/{folder.name}", folder).items():
+            found[prefix + tensor] = replace(info, name=prefix + tensor, prefix=prefix)
+    return found
 
 
 def _find_indexed(name: str, path: Path, index: Path) -> dict[str, TensorInfo]:

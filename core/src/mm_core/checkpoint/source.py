@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,26 @@ def locate(name: str, *, revision: str | None = None, show_progress: bool = True
     return source
 
 
+def sub_checkpoints(path: Path, config: Mapping[str, Any]) -> dict[str, Path]:
+    """Folders of a checkpoint that is kept in parts, each with a config.json of its own: {part: folder}.
+
+    The checkpoint's config.json has `<part>_cfg` for each: a path, of which the last folder counts (the rest
+    is where its author had it), or settings, the folder being called `<part>` then. None where the weights
+    lie beside config.json.
+    """
+    if any(path.glob("*.safetensors")):
+        return {}
+    folders = {entry.name: entry for entry in path.iterdir() if (entry / "config.json").is_file()}
+    parts: dict[str, Path] = {}
+    for key, value in config.items():
+        part = key.removesuffix("_cfg")
+        named = Path(value).name if isinstance(value, str) else ""
+        folder = folders.get(named) or folders.get(part)
+        if part != key and folder is not None:
+            parts[part] = folder
+    return parts
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or not _HUB_ID.fullmatch(name)
 
@@ -68,7 +89,7 @@ def _check(source: Source) -> None:
             "Give the directory (or repository) that holds config.json beside the *.safetensors files."
         )
     files = [entry.name for entry in source.path.iterdir() if entry.is_file()]
-    if any(f.endswith(".safetensors") for f in files):
+    if any(source.path.glob("*.safetensors")) or any(source.path.glob("*/*.safetensors")):
         return
     pickles = sorted(f for f in files if f.endswith(PICKLE_SUFFIXES) and f != "training_args.bin")
     if pickles:

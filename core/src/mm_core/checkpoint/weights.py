@@ -30,7 +30,7 @@ def load_weights(checkpoint: LoadedCheckpoint, targets: Sequence[Target], *, sho
     parameters, unexpected tensors, and tensors of a wrong shape or kind; another one names
     weights that are NaN or infinite.
     """
-    tensors = find_tensors(checkpoint.name, checkpoint.path)
+    tensors = find_tensors(checkpoint.name, checkpoint.path, checkpoint.parts)
     tables = [NameTable(module, weight_map) for module, weight_map in targets]
     plan = make_plan(tensors, tables)
     _refuse_misfits(checkpoint.name, tensors, plan)
@@ -70,10 +70,10 @@ def _label(placement: Placement) -> str:
 
 def _copy_all(name: str, tensors: Mapping[str, TensorInfo], plan: Plan, show_progress: bool) -> None:
     staged = {tensor for tensor, places in plan.placements.items() if stageable(tensors[tensor], places)}
-    by_file: dict[Path, list[str]] = defaultdict(list)
+    by_file: dict[Path, list[TensorInfo]] = defaultdict(list)
     for tensor in plan.placements:
         if tensor not in staged:
-            by_file[tensors[tensor].file].append(tensor)
+            by_file[tensors[tensor].file].append(tensors[tensor])
     flags: list[tuple[str, Tensor]] = []
     total = sum(tensors[tensor].nbytes for tensor in plan.placements)
     # delay: a load that takes less than a second shows no bar.
@@ -93,14 +93,14 @@ def _copy_all(name: str, tensors: Mapping[str, TensorInfo], plan: Plan, show_pro
     _refuse_nonfinite(name, flags)
 
 
-def _read(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _read(file: Path, infos: Sequence[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one file, in file order, each read when it is asked for."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt", device="cpu") as stream:
-            for name in names:
-                yield name, stream.get_tensor(name)
+            for info in infos:
+                yield info.name, stream.get_tensor(info.stored_name)
     except SafetensorError as error:
         raise damaged(file, str(error)) from error
     except OSError as error:

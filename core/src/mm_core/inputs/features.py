@@ -112,7 +112,13 @@ class MediaLoader:
                     found.cancel()
 
     def _fetch(self, item: GivenItem, job: MediaJob) -> Fetched:
-        return self.fetcher.fetch(item.modality, item.value, job.sampling, allow_paths=job.allow_paths)
+        return self.fetcher.fetch(
+            item.modality,
+            item.value,
+            job.sampling,
+            allow_paths=job.allow_paths,
+            sampling_rate=getattr(self.processor, "sampling_rate", None),
+        )
 
     def _begin_feature(self, fetched: Fetched, uuid: str | None, job: MediaJob) -> MediaFeature | Future[MediaFeature]:
         """The feature if it is cached; else the future of its making, which begins unless it has."""
@@ -164,7 +170,11 @@ class MediaLoader:
         self.give_way()
         item = fetched.item if fetched.item.data is not None else fetched.load()
         feature = guarded(self.family, "prepare", lambda: self.processor.prepare(item, variant))
-        if not isinstance(feature, MediaFeature) or feature.modality != item.modality or feature.num_tokens < 1:
+        if (
+            not isinstance(feature, MediaFeature)
+            or feature.modality != item.modality
+            or min(feature.num_tokens, feature.num_placed) < 1
+        ):
             raise PluginError(
                 f"Processor of plugin {self.family!r}: prepare() did not give a MediaFeature of modality "
                 f"{item.modality!r} with at least one row. Report it to the plugin's author."

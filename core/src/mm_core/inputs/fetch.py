@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageFile
 
-from mm_core.errors import MediaDecodeError, MediaTooLargeError, UnsupportedMediaError
+from mm_core.errors import UnsupportedMediaError
 from mm_core.hashing import Hasher, encode_fields, media_digest
 from mm_core.inputs.caches import LruMap
+from mm_core.media.audio import Audio, decode_audio, given_samples
 from mm_core.media.decode import (
     MediaLimits,
     array_to_image,
     decode_image,
     packed_rgb,
-    read_regular_file,
     to_rgb,
 )
+from mm_core.media.encoded import read_encoded
 from mm_core.media.video import Video, VideoSampling, decode_video, frames_to_video
 from mm_core.types import MediaItem, Modality
 
 QUICK_PIXELS = 2**19
 MAX_ALIASES = 16384
-MAX_SAMPLE_RATE = 768_000
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters or more: "C:" is a drive
 
 
 @dataclass(frozen=True)
@@ -57,58 +52,52 @@ class Fetcher:
         self._pil_lock = threading.Lock()
 
     def fetch(
-        self, modality: Modality, value: Any, sampling: VideoSampling | None = None, *, allow_paths: bool = True
+        self,
+        modality: Modality,
+        value: Any,
+        sampling: VideoSampling | None = None,
+        *,
+        allow_paths: bool = True,
+        sampling_rate: int | None = None,
     ) -> Fetched:
         """Recognise one value; decode it, unless its bytes were seen before.
 
         image: PIL image, path, bytes, `data:` URL, array [height, width, 3] or [height, width].
         video: path, bytes, `data:` URL, frames (a list of images, or [n, height, width, 3]),
-        `(frames, fps)`, `{"frames": …, "fps": …}`. audio: `(samples, rate)`.
-        sampling: which frames of a video are kept. allow_paths=False: a str must be a `data:` URL
-        (values that come from a network). Raises MediaError and its subclasses.
+        `(frames, fps)`, `{"frames": …, "fps": …}`. audio: path, bytes, `data:` URL, `(samples, rate)`
+        as `media.samples_to_audio` takes it.
+        sampling: which frames of a video are kept. sampling_rate: what sound is resampled to (Hz; None: it
+        stays as it is). allow_paths=False: a str must be a `data:` URL (values that come from a network).
+        Raises MediaError and its subclasses.
         """
         sampling = sampling or VideoSampling()
         if isinstance(value, memoryview | bytearray):
             value = bytes(value)
         if isinstance(value, str | Path):
-            value = self._read(modality, value, allow_paths)
+            value = read_encoded(modality, value, self._limits.max_encoded_bytes, allow_paths=allow_paths)
         if isinstance(value, bytes):
-            return self._fetch_encoded(modality, value, sampling)
+            return self._fetch_encoded(modality, value, sampling, sampling_rate)
         if modality == "image" and is_plain(value):
             return self._fetch_plain(value)
-        item = self._from_object(modality, value, sampling)
+        if modality == "audio":
+            item = self._audio(given_samples(value, sampling_rate, self._limits))
+        else:
+            item = self._from_object(modality, value, sampling)
         return Fetched(item, lambda: item)
 
-    def _read(self, modality: Modality, value: str | Path, allow_paths: bool) -> bytes:
-        """Bytes behind a path or a `data:` URL."""
-        if isinstance(value, str):
-            scheme = _SCHEME.match(value)
-            if scheme and scheme[0].lower() == "data:":
-                return decode_data_url(value, modality, self._limits.max_encoded_bytes)
-            if scheme:
-                raise UnsupportedMediaError(
-                    f"URLs ({scheme[0][:20]}) are not fetched. "
-                    "Download the file and pass its path or bytes, or a data: URL."
-                )
-        if not allow_paths:
-            raise UnsupportedMediaError(
-                f"The {modality} is no data: URL. Send it as `data:{modality}/…;base64,…`; paths are not read here."
-            )
-        return read_regular_file(value, self._limits.max_encoded_bytes)
-
-    def _fetch_encoded(self, modality: Modality, data: bytes, sampling: VideoSampling) -> Fetched:
-        if modality == "audio":
-            raise UnsupportedMediaError(
-                "Audio files are not decoded yet. Pass (samples, rate): a float array in -1…1 and its sample rate."
-            )
-        how = repr(sampling) if modality == "video" else ""
+    def _fetch_encoded(
+        self, modality: Modality, data: bytes, sampling: VideoSampling, sampling_rate: int | None
+    ) -> Fetched:
+        how = {"video": repr(sampling), "audio": repr(sampling_rate)}.get(modality, "")
         alias = self._hasher(encode_fields((modality, how, self._hasher(data))))
 
         def load() -> MediaItem:
             if modality == "image":
                 item = self._image(decode_image(data, self._limits))
-            else:
+            elif modality == "video":
                 item = self._video(decode_video(data, sampling, self._limits))
+            else:
+                item = self._audio(decode_audio(data, sampling_rate, self._limits))
             self._aliases.put(alias, MediaItem(modality, item.digest, None, item.info))
             return item
 
@@ -125,8 +114,6 @@ class Fetcher:
         return Fetched(known, lambda: replace(known, data=Image.frombytes("RGB", size, pixels)))
 
     def _from_object(self, modality: Modality, value: Any, sampling: VideoSampling) -> MediaItem:
-        if modality == "audio":
-            return self._audio(value)
         if modality == "video":
             frames, fps = _frames_of(value)
             return self._video(frames_to_video(frames, fps, sampling, self._limits))
@@ -159,10 +146,11 @@ class Fetcher:
         }  # fmt: skip
         return MediaItem("video", digest, video.frames, info)
 
-    def _audio(self, value: Any) -> MediaItem:
-        samples, rate = _samples_of(value)
-        digest = media_digest(self._hasher, "audio", ("float32", len(samples), rate), samples.data)
-        return MediaItem("audio", digest, samples, {"sample_rate": rate, "samples": len(samples)})
+    def _audio(self, audio: Audio) -> MediaItem:
+        header = ("float32", len(audio.samples), audio.rate)
+        digest = media_digest(self._hasher, "audio", header, audio.samples.data)
+        info = {"sample_rate": audio.rate, "samples": len(audio.samples)} | ({"cut_off": True} if audio.cut_off else {})
+        return MediaItem("audio", digest, audio.samples, info)
 
 
 def is_plain(value: Any) -> bool:
@@ -173,38 +161,6 @@ def is_plain(value: Any) -> bool:
 def is_quick(value: Any) -> bool:
     """Whether `fetch` takes so little time that another thread would not begin sooner."""
     return is_plain(value) and value.width * value.height <= QUICK_PIXELS
-
-
-def decode_data_url(url: str, modality: Modality, limit: int) -> bytes:
-    """Bytes of a `data:<type>;base64,…` URL: standard alphabet, padded, no white space, not empty.
-
-    The length is checked before anything is decoded. Raises MediaDecodeError, MediaTooLargeError.
-    """
-    code = f"invalid_{modality}"
-    head, comma, body = url[5:].partition(",")
-    kind, *options = head[:200].lower().split(";")
-    if not comma or "base64" not in options:
-        raise MediaDecodeError(
-            f"The data: URL is not of the form `data:{modality}/…;base64,…`. Encode the file with standard base64.",
-            code=code,
-        )
-    if kind and kind.split("/")[0] not in (modality, "application"):
-        raise MediaDecodeError(
-            f"The data: URL says it holds {kind[:40]!r}, where {modality} is wanted. Send it as `data:{modality}/…`.",
-            code=code,
-        )
-    if len(body) // 4 * 3 > limit + 2:
-        raise MediaTooLargeError(f"The data: URL holds more than {limit} bytes. Send a smaller file.")
-    try:
-        data = base64.b64decode(body.encode("ascii"), validate=True)
-    except (binascii.Error, ValueError):
-        data = b""
-    if not data:
-        raise MediaDecodeError(
-            "The data: URL's base64 is empty or damaged. Use the standard alphabet with padding, without white space.",
-            code=code,
-        )
-    return data
 
 
 def _frames_of(value: Any) -> tuple[Any, float | None]:
@@ -221,32 +177,6 @@ def _frames_of(value: Any) -> tuple[Any, float | None]:
             f"Frames cannot be a {type(value).__name__}. Pass a list of images, or an array [frames, height, width, 3]."
         )
     return value, fps
-
-
-def _samples_of(value: Any) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
-    """Mono float32 samples and their rate, from `(samples, rate)`."""
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise UnsupportedMediaError(
-            f"Audio cannot be a {type(value).__name__}. Pass (samples, rate): a float array in -1…1 and its rate."
-        )
-    samples, rate = value
-    if type(rate) is not int or not 0 < rate <= MAX_SAMPLE_RATE:
-        raise MediaDecodeError(f"The sample rate is a whole number from 1 to {MAX_SAMPLE_RATE}.", code="invalid_audio")
-    try:
-        array = np.asarray(samples.detach().cpu() if hasattr(samples, "detach") else samples)
-        # A copy: the caller may write to theirs between digest and prepare.
-        array = np.array(array, dtype=np.float32, order="C", copy=True, ndmin=1)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedMediaError("The samples are no array of numbers. Pass float32 [samples].") from error
-    if array.ndim != 1:
-        raise UnsupportedMediaError(
-            f"Samples have shape [samples] (mono); these have {list(array.shape)}. Mix them down."
-        )
-    if array.size == 0:
-        raise MediaDecodeError("The audio has no samples.", code="empty_audio")
-    if not np.isfinite(array).all():
-        raise MediaDecodeError("The audio has NaN or infinite samples. Clean it first.", code="nonfinite_audio")
-    return array, rate
 
 
 def require_modality(modality: str, family: str, modalities: tuple[Modality, ...]) -> Modality:

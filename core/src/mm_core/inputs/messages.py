@@ -151,9 +151,10 @@ def check_salt(salt: Any) -> None:
 def as_items(modality: Modality, value: Any) -> list[Any]:
     """One value or a list of values to a list.
 
-    A list is a list of items, but for video a list of pictures is one video's frames.
+    A list is a list of items, but for video a list of pictures is one video's frames. (A list of numbers is
+    no audio either way: one item, to be refused once.)
     """
-    if not isinstance(value, list):
+    if not isinstance(value, list) or (modality == "audio" and value and isinstance(value[0], int | float)):
         return [value]
     if modality == "video" and value and all(_is_picture(v) for v in value):
         return [value]

@@ -27,6 +27,7 @@ from mm_core.inputs.features import MediaJob, MediaLoader
 from mm_core.inputs.messages import Given, PromptLike, check_salt, read_prompt
 from mm_core.inputs.pinning import Pinner
 from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, is_long, too_long
+from mm_core.inputs.sources import Parts, SourceMaker
 from mm_core.media.decode import MediaLimits
 from mm_core.media.video import VideoSampling
 from mm_core.tracing import Span, SpanRecorder
@@ -91,8 +92,10 @@ class InputPipeline:
             self.processor, self.family, self._hasher, limits, config.processor_cache_size, pinner, self._in_pool,
             self.give_way,
         )  # fmt: skip
-        own = self.processor.default_sampling().stop_token_ids
-        self._stop_ids = frozenset(self.stop_token_ids) | frozenset(own)
+        own = self.processor.default_sampling()
+        self._stop_ids = frozenset(self.stop_token_ids) | frozenset(own.stop_token_ids)
+        self._logits_processors = tuple(own.logits_processors)
+        self._sources = SourceMaker(self.fusion, self.family, self.processor.modalities, self.vocab_size, self._hasher)
         kv_config = config.kv_cache_config
         self._block_size: int = kv_config.block_size if kv_config.enable_block_reuse else 0
         self._plain_checked = False
@@ -142,6 +145,7 @@ class InputPipeline:
         check_salt(given.cache_salt)
         self._check_params(ask.params)
         counts = count_items(given)
+        self._sources.check(counts)
         self._check_counts(counts)
         self._check_kwargs(given.processor_kwargs)
         if is_long(given):
@@ -153,27 +157,37 @@ class InputPipeline:
             self.give_way()
             features = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask.allow_paths)
             self.give_way()
-        return self._put_together(ask, given.cache_salt, ids, features)
+        return self._put_together(ask, given, ids, features)
 
-    def _put_together(
-        self, ask: _Ask, salt: str | None, ids: list[int], features: list[MediaFeature]
-    ) -> PreparedRequest:
+    def _put_together(self, ask: _Ask, given: Given, ids: list[int], features: list[MediaFeature]) -> PreparedRequest:
+        salt = given.cache_salt
+        instruction = self._sources.instruction(lambda: self._renderer.instruction(given, ids)) if features else ()
         ids, ranges = self._renderer.expand(ids, features)
         if len(ids) + 1 > self.max_model_len:
             raise too_long(len(ids), self.max_model_len)
-        positions, delta = self._positions(ids, ranges)
+        parts = self._sources.split(self._salted(salt), ids, ranges, instruction)
+        positions, delta = self._positions(parts.token_ids, parts.ranges)
         return PreparedRequest(
             request_id=ask.request_id,
-            token_ids=tuple(ids),
-            params=ask.params,
-            ranges=ranges,
+            token_ids=parts.token_ids,
+            params=self._with_own(ask.params),
+            ranges=parts.ranges,
             positions=positions,
             decode_delta=delta,
             cache_salt=salt,
+            kv_context=parts.kv_context,
             stop_token_ids=self._stop_ids,
             block_size=self._block_size,
-            block_keys=self._block_keys(ids, ranges, positions, salt),
+            block_keys=self._block_keys(parts, positions, salt),
+            source=parts.source,
+            instruction=instruction,
         )
+
+    def _with_own(self, params: SamplingParams) -> SamplingParams:
+        """The request's parameters behind the family's own logits processors."""
+        if not self._logits_processors:
+            return params
+        return params.model_copy(update={"logits_processors": (*self._logits_processors, *params.logits_processors)})
 
     def _apart(self, name: str, work: Callable[[], T]) -> Steps[T]:
         """Do something in the pool, and wait for it."""
@@ -211,15 +225,13 @@ class InputPipeline:
         if self.recorder is not None:
             self.recorder.add(Span(f"preprocess {thread}", "preprocess", start_ns, time.perf_counter_ns(), about))
 
-    def _block_keys(
-        self, ids: Sequence[int], ranges: Sequence[PlaceholderRange], positions: Any, salt: str | None
-    ) -> tuple[bytes, ...]:
-        """Keys of the prompt's blocks, as the scheduler would compute them; no `kv_context` so far."""
+    def _block_keys(self, parts: Parts, positions: Any, salt: str | None) -> tuple[bytes, ...]:
+        """Keys of the prompt's blocks, as the scheduler would compute them."""
         if not self._block_size:
             return ()
-        media = [(r.feature.key, r.offset, r.end) for r in ranges]
-        context = encode_fields((salt, b""))
-        return prompt_block_keys(self._hasher, self._block_size, ids, media, context, positions)
+        media = [(r.feature.key, r.offset, r.end) for r in parts.ranges]
+        context = encode_fields((salt, parts.kv_context))
+        return prompt_block_keys(self._hasher, self._block_size, parts.token_ids, media, context, positions)
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """The plugin's check; that no options at all are right needs to be asked only once."""
@@ -229,15 +241,22 @@ class InputPipeline:
 
     def _check_params(self, params: SamplingParams) -> None:
         """What SamplingParams cannot check without the vocabulary."""
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
+            wrong = [i for i in getattr(params, name) if not 0 <= i < self.vocab_size]
             if wrong:
                 raise InvalidParamsError(
                     f"{name} holds token id {wrong[0]}; ids go from 0 to {self.vocab_size - 1}.", param=name
                 )
 
     def _check_counts(self, counts: Mapping[Modality, int]) -> None:
+        taken: Mapping[Modality, int] = getattr(self.processor, "limits", {})
         for modality, count in counts.items():
+            if count > taken.get(modality, count):
+                raise TooManyMediaError(
+                    f"The request has {count} item(s) of {modality}; family {self.family!r} takes {taken[modality]} "
+                    "a request. Send the others in requests of their own.",
+                    param="multi_modal_data",
+                )
             limit = self.config.limit_mm_per_prompt.get(modality)
             if limit is not None and count > limit:
                 raise TooManyMediaError(
@@ -262,7 +281,7 @@ class InputPipeline:
 
     def _features(self, given: Given, request: MediaRequest, allow_paths: bool) -> Steps[list[MediaFeature]]:
         """Features of all items, in the order given."""
-        namespace = self._namespace if given.cache_salt is None else self._namespace_of(given.cache_salt)
+        namespace = self._salted(given.cache_salt)
         sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
         job = MediaJob(request, given.cache_salt, namespace, sampling, allow_paths)
         try:
@@ -270,6 +289,9 @@ class InputPipeline:
         except RequestError as error:
             error.param = error.param or "multi_modal_data"
             raise
+
+    def _salted(self, salt: str | None) -> bytes:
+        return self._namespace if salt is None else self._namespace_of(salt)
 
     def _namespace_of(self, salt: str | None) -> bytes:
         return encode_fields((salt, self.family, self.checkpoint_identity, self.processor.settings_key))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mm_core.errors import ContextLengthError, InvalidPromptError, MMError, PlaceholderMismatchError, PluginError
@@ -34,9 +34,10 @@ class PromptRenderer:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._backend = _backend_of(processor.tokenizer)
-        spellings = {processor.placeholder(m) for m in processor.modalities}
-        self._placeholder_ids: dict[int, Modality] = {processor.placeholder_id(m): m for m in processor.modalities}
-        self._literal, self._controls = _literal_backend(self._backend, spellings)
+        found = {m: (processor.placeholder(m), processor.placeholder_id(m)) for m in processor.modalities}
+        self._spellings = {text for text, _ in found.values() if text is not None}
+        self._placeholder_ids: dict[int, Modality] = {i: m for m, (_, i) in found.items() if i is not None}
+        self._literal, self._controls = _literal_backend(self._backend, self._spellings)
         self._edges = {text[0] for text in self._controls} | {text[-1] for text in self._controls}
         self._control_ids = frozenset(self._controls.values()) | frozenset(self._placeholder_ids)
         self._longest_token = max((len(t) for t in self._backend.get_vocab(with_added_tokens=True)), default=1)
@@ -64,10 +65,21 @@ class PromptRenderer:
                 ids, verbatim = self._chat_ids([_user_turn(verbatim, given)]), None
             else:
                 ids = self._verbatim_ids(verbatim)
+        if not ids:
+            raise InvalidPromptError("The prompt is empty. Write some text.", param="prompt")
         self._check_placeholders(ids, counts, verbatim)
         if len(ids) + 1 > self._max_model_len:
             raise too_long(len(ids), self._max_model_len)
         return ids
+
+    def instruction(self, given: Given, ids: Ids) -> str:
+        """What `Fusion.instruction` takes of a request that was rendered to `ids`: the text as the user wrote it,
+        or the rendered messages, or the decoded ids; without placeholders, the latter two without special tokens."""
+        if given.text is not None:
+            return _without(given.text, self._spellings)
+        if given.messages is not None:
+            return _without(self._apply_template(given.messages), self._controls)
+        return str(self._processor.tokenizer.decode([i for i in ids if i not in self._control_ids]))
 
     def expand(self, ids: Ids, features: Sequence[MediaFeature]) -> tuple[Ids, tuple[PlaceholderRange, ...]]:
         """Put each item's expansion in place of its placeholder; one pass.
@@ -109,10 +121,10 @@ class PromptRenderer:
         mask = _as_mask(is_media)
         rows = mask.count(True)
         cross = not mask and not token_ids  # cross-attention: rows, and no tokens that stand for them
-        if len(token_ids) != len(mask) or (rows != feature.num_tokens and not cross):
+        if len(token_ids) != len(mask) or (rows != feature.num_placed and not cross):
             raise PluginError(
                 f"Processor of plugin {self._family!r}: expand() gave {len(token_ids)} ids and a mask of {len(mask)} "
-                f"with {rows} rows for an item of {feature.num_tokens} rows. All must agree; report it to its author."
+                f"with {rows} rows for an item of {feature.num_placed} rows. All must agree; report it to its author."
             )
         ranges.append(PlaceholderRange(len(out), len(mask), mask, feature))
         out.extend(token_ids)
@@ -121,7 +133,7 @@ class PromptRenderer:
         """Whether the text is one user turn, and not a complete prompt."""
         if apply_chat_template is not None:
             return apply_chat_template
-        if not counts or any(self._processor.placeholder(m) in text for m in self._processor.modalities):
+        if not counts or any(spelling in text for spelling in self._spellings):
             return False
         return not self._processor.accepts_verbatim(text, counts)
 
@@ -129,14 +141,15 @@ class PromptRenderer:
         found: dict[Modality, int] = {}
         for _, modality in self._placeholders_in(ids):
             found[modality] = found.get(modality, 0) + 1
-        if found == dict(counts):
+        placed = set(self._placeholder_ids.values())  # other items have no place in a prompt
+        if found == {modality: count for modality, count in counts.items() if modality in placed}:
             return
         if not found and verbatim is not None and self._processor.accepts_verbatim(verbatim, counts):
             return
         told = []
         for modality in self._processor.modalities:
             have, want = found.get(modality, 0), counts.get(modality, 0)
-            if have != want:
+            if have != want and modality in placed:
                 told.append(f"{have} × {self._processor.placeholder(modality)!r} for {want} item(s) of {modality}")
         raise PlaceholderMismatchError(
             f"The prompt has {', '.join(told)}. Write one placeholder an item, or none at all: a prompt with media "
@@ -146,10 +159,7 @@ class PromptRenderer:
 
     def _verbatim_ids(self, text: str) -> Ids:
         self._check_text(text)
-        ids = self._encode(text, add_special_tokens=True)
-        if not ids:
-            raise InvalidPromptError("The prompt is empty. Write some text.", param="prompt")
-        return ids
+        return self._encode(text, add_special_tokens=getattr(self._processor, "add_special_tokens", True))
 
     def _checked_ids(self, token_ids: Sequence[int]) -> Ids:
         size = _num_ids(token_ids)
@@ -219,11 +229,12 @@ class PromptRenderer:
         texts = _texts_of(messages)
         for text in texts:
             self._check_text(text)
-        joint = self._encode(self._apply_template(messages))
+        start = self._encode("", add_special_tokens=getattr(self._processor, "start_chat", False))
+        joint = start + self._encode(self._apply_template(messages))
         if not any(self._suspicious(text) for text in texts):
             return joint
         pieces = self._template_pieces(messages)
-        encoded = [self._encode(piece) if isinstance(piece, str) else piece for piece in pieces]
+        encoded = [start, *(self._encode(piece) if isinstance(piece, str) else piece for piece in pieces)]
         wanted = [i for piece in encoded if isinstance(piece, list) for i in piece if i in self._control_ids]
         if [i for i in joint if i in self._control_ids] == wanted:
             return joint
@@ -256,10 +267,18 @@ class PromptRenderer:
         if self._control_ids.isdisjoint(ids):
             return ids
         # Vocabularies that hold special tokens as ordinary pieces: cut each spelling after its first character.
-        spellings = "|".join(re.escape(c) for c in sorted(self._controls, key=len, reverse=True))
-        cut = re.sub(spellings, lambda m: m[0][0] + "\ue000" + m[0][1:], text)
+        cut = re.sub(_any_of(self._controls), lambda m: m[0][0] + "\ue000" + m[0][1:], text)
         parts = (self._literal.encode(part, add_special_tokens=False).ids for part in cut.split("\ue000"))
         return [i for part in parts for i in part if i not in self._control_ids]
+
+
+def _any_of(spellings: Iterable[str]) -> str:
+    """A pattern for any of these texts, the longest that fits."""
+    return "|".join(re.escape(text) for text in sorted(spellings, key=len, reverse=True))
+
+
+def _without(text: str, spellings: Collection[str]) -> str:
+    return re.sub(_any_of(spellings), "", text) if spellings else text
 
 
 def _as_mask(is_media: Sequence[bool]) -> tuple[bool, ...]:
@@ -321,7 +340,12 @@ def _backend_of(tokenizer: Any) -> Any:
             f"Tokenizer {type(tokenizer).__name__} has no `backend_tokenizer`. mm-core needs one of the tokenizers "
             "library: load it with AutoTokenizer."
         )
-    return backend
+    if backend.padding is None and backend.truncation is None:
+        return backend
+    plain = type(backend).from_str(backend.to_str())  # some checkpoints pad every text to the longest there may be
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
 
 
 def _literal_backend(backend: Any, placeholders: set[str]) -> tuple[Any, dict[str, int]]:

@@ -44,7 +44,8 @@ class MediaLimits:
     max_image_pixels: width × height of one picture, or of one video frame. max_encoded_bytes: an
     encoded image or video. max_video_frames: frames kept of one video. max_video_pixels: all
     kept frames of one video together (3 bytes a pixel). max_source_frames: frames in a video
-    file, as only some of them are kept but all up to the last kept one are decoded.
+    file, as only some of them are kept but all up to the last kept one are decoded. max_audio_samples:
+    of one sound, mono, at the rate it is used at. max_source_samples: of one sound as given, all channels.
     """
 
     max_image_pixels: int = 64 * 2**20
@@ -52,6 +53,8 @@ class MediaLimits:
     max_video_frames: int = 768
     max_video_pixels: int = 512 * 2**20
     max_source_frames: int = 200_000
+    max_audio_samples: int = 2**28
+    max_source_samples: int = 2**31
 
 
 DEFAULT_LIMITS = MediaLimits()

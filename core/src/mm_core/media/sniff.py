@@ -82,6 +82,31 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def audio_format(data: bytes) -> str | None:
+    """One of WAV (RF64 too), FLAC, OGG and MP3, or None for anything else."""
+    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+        return "WAV"
+    if data.startswith(b"fLaC"):
+        return "FLAC"
+    if data.startswith(b"OggS"):
+        return "OGG"
+    # A frame of MPEG audio: 11 set bits, then version and layer; layer 0 would be AAC (ISO/IEC 11172-3, 2.4.2.3).
+    if data.startswith(b"ID3") or (len(data) > 1 and data[0] == 0xFF and data[1] >= 0xE0 and data[1] & 0x06):
+        return "MP3"
+    return None
+
+
+def wav_is_cut_off(data: bytes) -> bool:
+    """Whether a WAV file ends before its samples do. A size that a stream's writer never filled in says nothing."""
+    at = 12 if data[:4] == b"RIFF" else len(data)
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] == b"data":
+            return at + 8 + size > len(data) and size < 0x7FFF_0000
+        at += 8 + size + size % 2
+    return False
+
+
 def video_demuxer(data: bytes) -> str | None:
     """The one demuxer that may read `data`: "mov" (MP4), "matroska" (WebM) or "avi"; None otherwise.
 

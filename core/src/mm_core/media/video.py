@@ -43,7 +43,8 @@ class VideoSampling:
 
     `min_frames` and `max_frames` bound what `fps` gives; counts are multiples of
     `temporal_patch_size` (the arithmetic of transformers' Qwen2-VL video processor).
-    `given_frames`: whether frames that the caller passed directly are sampled too.
+    `given_frames`: whether frames that the caller passed directly are sampled too. `spread`: that many frames
+    from the first to the last, at round(linspace(0, n - 1, count)); where a video has fewer, some come again.
     """
 
     fps: float | None = 2.0
@@ -52,6 +53,7 @@ class VideoSampling:
     max_frames: int = 768
     temporal_patch_size: int = 2
     given_frames: bool = False
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def sample_indices(total: int, fps: float | None, sampling: VideoSampling) -> li
     Source: `Qwen2VLVideoProcessor.sample_frames` of transformers; where that divides by zero (fewer
     frames than a temporal patch) all frames are kept. Raises InvalidParamsError, MediaTooLargeError.
     """
+    if sampling.spread:
+        return _spread_indices(total, fps, sampling)
     step = sampling.temporal_patch_size
     if sampling.num_frames is not None:
         count: float = max(round(sampling.num_frames / step) * step, 1)
@@ -83,11 +87,7 @@ def sample_indices(total: int, fps: float | None, sampling: VideoSampling) -> li
                 param="mm_processor_kwargs",
             )
     elif sampling.fps is not None:
-        if fps is None:
-            raise InvalidParamsError(
-                "fps sampling needs the video's own rate: pass (frames, fps), or use num_frames.",
-                param="mm_processor_kwargs",
-            )
+        fps = _known(fps)
         ceiling = math.floor(min(sampling.max_frames, total) / step) * step
         count = min(max(total / fps * sampling.fps, sampling.min_frames), ceiling, total)
         count = math.floor(count / step) * step
@@ -103,6 +103,27 @@ def sample_indices(total: int, fps: float | None, sampling: VideoSampling) -> li
     import torch  # arange's own float32 rounding decides some indices
 
     return [int(i) for i in torch.arange(0, total, total / count).int().tolist()]
+
+
+def _spread_indices(total: int, fps: float | None, sampling: VideoSampling) -> list[int]:
+    count = sampling.num_frames or total
+    if sampling.num_frames is None and sampling.fps is not None:
+        count = min(max(round(total / _known(fps) * sampling.fps), 1), total)
+    if count > sampling.max_frames:
+        raise MediaTooLargeError(
+            f"{count} frames of the video would be kept; the limit is {sampling.max_frames}. "
+            "Pass fps or num_frames in mm_processor_kwargs to keep fewer."
+        )
+    return [int(i) for i in np.round(np.linspace(0, total - 1, count))]
+
+
+def _known(fps: float | None) -> float:
+    if fps is None:
+        raise InvalidParamsError(
+            "fps sampling needs the video's own rate: pass (frames, fps), or use num_frames.",
+            param="mm_processor_kwargs",
+        )
+    return fps
 
 
 def decode_video(data: bytes, sampling: VideoSampling, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
@@ -191,24 +212,25 @@ def _scan(data: bytes, demuxer: str, limits: MediaLimits) -> tuple[int, float]:
 def _pick(
     data: bytes, demuxer: str, indices: Sequence[int], limits: MediaLimits
 ) -> tuple[list[np.ndarray[Any, Any]], int]:
-    """The frames at `indices` (ascending), and how many frames were decoded to get them."""
+    """The frames at `indices` (ascending, some perhaps more than once), and how many were decoded to get them."""
     import av
 
-    wanted, frames, seen = set(indices), [], 0
+    found: dict[int, np.ndarray[Any, Any]]
+    wanted, found, seen = set(indices), {}, 0
     with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
         for frame in container.decode(video=0):
             if seen in wanted:
                 check_frames(len(indices), frame.width, frame.height, limits)
                 turns = round(frame.rotation / 90) % 4  # counter-clockwise, as numpy counts them
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-                if frames[-1].shape != frames[0].shape:
+                found[seen] = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+                if found[seen].shape != found[min(found)].shape:
                     raise MediaDecodeError(
                         "The video changes its resolution on the way. Export it with a constant one.", code=INVALID
                     )
             seen += 1
             if seen > indices[-1]:
                 break
-    return frames, seen
+    return [found[index] for index in indices if index in found], seen
 
 
 def check_frames(count: int, width: int, height: int, limits: MediaLimits) -> None:

@@ -8,7 +8,7 @@ from mm_core.cache.encoder import EncoderCache
 from mm_core.errors import EngineError
 from mm_core.scheduler.plan import StepPlan
 from mm_core.scheduler.sequence import EncodeItem, SchedulerStats, Sequence
-from mm_core.types import MediaFeature
+from mm_core.types import MediaFeature, PlaceholderRange
 
 
 class MediaPlanner:
@@ -54,6 +54,23 @@ class MediaPlanner:
                 planned += cost
         return length
 
+    def fit_all(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Whether all media of a sequence are there or can be encoded in this step, where its source needs
+        them at once. Those that are over the whole budget together run alone."""
+        room, cost = self.cache.room, 0
+        for key, feature in {r.feature.key: r.feature for r in seq.media}.items():
+            if not self.cache.is_held(key):
+                room -= feature.num_tokens
+            if key not in self.cache:
+                cost += self._cost(feature)
+        if seq.media and (plan.rows_closed or room < 0):
+            plan.rows_closed = True
+            return False
+        if cost and not plan.fits_budget(cost, 0):
+            plan.budget_closed = True
+            return False
+        return True
+
     def must_wait(self, seq: Sequence, plan: StepPlan) -> bool:
         """Whether a waiting sequence is behind one that waits for the encoder: were it to start with the
         tokens before its media, it would go before that one from then on."""
@@ -66,12 +83,15 @@ class MediaPlanner:
 
     def take(self, seq: Sequence, start: int, length: int, plan: StepPlan) -> None:
         """Hold the chunk's media, scheduling those that are missing (`fit` made sure)."""
-        if start >= seq.media_end:
-            return
+        if start < seq.media_end:
+            self.hold(seq, [r for r in seq.ranges if r.offset < start + length and r.end > start], plan)
+
+    def hold(self, seq: Sequence, ranges: Iterable[PlaceholderRange], plan: StepPlan) -> None:
+        """Hold these items, scheduling those that are missing."""
         missing: dict[bytes, MediaFeature] = {}
-        for r in seq.ranges:
+        for r in ranges:
             key = r.feature.key
-            if r.offset >= start + length or r.end <= start or key in seq.held_media:
+            if key in seq.held_media:
                 continue
             seq.kept_media.discard(key)
             if key in self.cache:  # before making room for others, which could evict it
@@ -89,7 +109,7 @@ class MediaPlanner:
     def _encode(self, seq: Sequence, feature: MediaFeature, cost: int, plan: StepPlan) -> None:
         plan.encode.append(EncodeItem(feature.key, feature))
         plan.encoder_left -= cost
-        seq.encoded_rows += feature.num_tokens
+        seq.encoded_rows += feature.num_placed
         self._stats.encoded_items += 1
         self._stats.encoded_rows += feature.num_tokens
 
@@ -107,8 +127,9 @@ class MediaPlanner:
                 return
 
     def _encode_for(self, seq: Sequence, plan: StepPlan) -> bool:
-        done = max(seq.num_computed_tokens, seq.seen_hits * self._block_size)
-        for r in seq.ranges:
+        # Places in a source say nothing of the decoder's prompt: all its media are needed.
+        done = max(seq.num_computed_tokens, seq.seen_hits * self._block_size) if seq.source is None else -1
+        for r in seq.media:
             key = r.feature.key
             if r.end <= done or key in seq.held_media or key in seq.kept_media:
                 continue
@@ -132,6 +153,7 @@ class MediaPlanner:
         """Let go of what neither the steps in flight read nor the next chunk begins in.
 
         A chunk that broke off within an item holds it; holding more for later could block a cache for good.
+        A source's media are let go of with the step that computed it, the sequence's first.
         """
         done, planned = seq.num_completed_tokens, seq.num_computed_tokens
         read = {r.feature.key for r in seq.ranges if r.end > done and r.offset < planned}
@@ -140,7 +162,7 @@ class MediaPlanner:
             self.cache.release(key, seq.seq_id)
 
     def skip_cached(self, seq: Sequence) -> None:
-        """A sequence starts behind its cached prefix: let go of what was kept for that."""
+        """A sequence starts behind its cached prefix, or with its source there: let go of what was kept for that."""
         if seq.kept_media:
             wanted = {r.feature.key for r in seq.ranges if r.end > seq.num_computed_tokens}
             for key in seq.kept_media - wanted:
@@ -153,7 +175,7 @@ class MediaPlanner:
             self.cache.abandon(key, seq.seq_id)
         seq.held_media.clear()
         seq.kept_media.clear()
-        seq.media_ahead = bool(seq.ranges)
+        seq.media_ahead = bool(seq.media)
 
     def discard_failed(self, key: bytes, live: Iterable[Sequence]) -> list[Sequence]:
         """An item has no rows: who needs it has it encoded anew, in the step that needs it, which then tells
@@ -165,7 +187,8 @@ class MediaPlanner:
             if key not in seq.held_media and key not in seq.kept_media:
                 continue
             done, planned = seq.num_completed_tokens, seq.num_computed_tokens
-            if any(r.feature.key == key and r.end > done and r.offset < planned for r in seq.ranges) and done < planned:
+            reads = any(r.feature.key == key and r.end > done and r.offset < planned for r in seq.ranges)
+            if seq.source_step or (reads and done < planned):
                 void.append(seq)
             seq.held_media.discard(key)
             seq.kept_media.discard(key)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import enum
+
+from mm_core.scheduler.outlook import Future
 from mm_core.scheduler.sequence import EncodeItem, ScheduledSequence, Sequence
+
+
+class Outcome(enum.Enum):
+    """Of an attempt to start a waiting sequence. AWAITS: another computes its source or next block. LATER: a
+    coming step has encoder budget or room for it. FULL: there are too few blocks."""
+
+    STARTED = enum.auto()
+    AWAITS = enum.auto()
+    LATER = enum.auto()
+    FULL = enum.auto()
 
 
 class StepPlan:
     """A step in the making.
 
-    singles, chunks: sequences with one token, with more. promised: blocks that running sequences still
-    want for their prompts, and one more each: who is admitted without regard to them is admitted only
-    to preempt or be preempted. rows_closed: somebody waits for room in the encoder cache, budget_closed:
-    for encoder budget; those behind take no more of it, or its turn would never come. ahead: running
+    singles, chunks: sequences with one token, with more. sources: sequences whose source is computed.
+    prompts: blocks that running sequences still want for their prompts. future: what they will want for
+    their answers. rows_closed: somebody
+    waits for room in the encoder cache, budget_closed: for encoder budget, sources_closed: for the budget
+    of sources' rows; those behind take no more of it, or its turn would never come. ahead: running
     sequences with media still before them.
     """
 
-    def __init__(self, step: int, tokens: int, encoder_budget: int) -> None:
+    def __init__(self, step: int, tokens: int, encoder_budget: int, source_budget: int) -> None:
         self.step = step
         self.tokens_left = tokens
         self.encoder_left = encoder_budget
+        self.source_left = source_budget
         self.singles: list[ScheduledSequence] = []
         self.chunks: list[ScheduledSequence] = []
         self.encode: list[EncodeItem] = []
-        self.promised = 0
+        self.sources: list[Sequence] = []
+        self.prompts = 0
+        self.future = Future()
         self.rows_closed = False
         self.budget_closed = False
+        self.sources_closed = False
         self.ahead: list[Sequence] = []
 
     @property
@@ -36,3 +54,13 @@ class StepPlan:
         """Whether an item may be encoded beside `planned` cost units of others. One over the whole budget
         runs alone."""
         return not (planned or self.encode) or (not self.budget_closed and cost <= self.encoder_left - planned)
+
+    def fits_source(self, rows: int) -> bool:
+        """Whether a source of so many rows may be computed beside the others. One over the whole budget
+        runs alone."""
+        return not self.sources or (not self.sources_closed and rows <= self.source_left)
+
+    def lacks_room(self, available: int, cached: int, steps: int, growth: int, total: int) -> bool:
+        """Whether at some time more blocks will be wanted than are `available` now, were a sequence admitted that
+        shares so many cached ones of these, takes `total` others now, and grows."""
+        return available - cached < self.prompts + self.future.peak(steps, growth, total)

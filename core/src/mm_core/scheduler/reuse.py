@@ -46,23 +46,48 @@ class BlockReuse:
         return seq.seen_hits
 
     def cached_tokens(self, seq: Sequence) -> int:
-        """`look_up` in tokens."""
-        return self.look_up(seq) * self._block_size
+        """`look_up` in tokens, and its source's rows where they are there."""
+        tokens = self.look_up(seq) * self._block_size
+        return tokens + seq.source.num_tokens if seq.source is not None and self.find_source(seq) else tokens
 
     def found(self, seq: Sequence) -> list[int]:
         """The blocks that `look_up` counts, not yet shared."""
         return self.prefix.lookup(seq.contents, 0, self.look_up(seq))
 
+    def find_source(self, seq: Sequence) -> list[int]:
+        """All blocks of its source, not yet shared; none where one is missing. Remembered as in `look_up`."""
+        if not self._enabled:
+            return []
+        version = (self.prefix.published, self.prefix.forgotten)
+        if seq.seen_source_version != version:
+            if not seq.seen_source or seq.seen_source_version[1] != version[1]:
+                seq.seen_source = self._look_up_source(seq)
+            seq.seen_source_version = version
+        return seq.seen_source
+
+    def _look_up_source(self, seq: Sequence) -> list[int]:
+        if seq.source is None or not self.prefix.lookup(seq.fill_source(1, self._hasher), 0, 1):
+            return []  # the usual case: the other keys are not needed
+        count = -(-seq.source.num_tokens // self._block_size)
+        blocks = self.prefix.lookup(seq.fill_source(count, self._hasher))
+        return blocks if len(blocks) == count else []
+
     def awaits(self, seq: Sequence) -> bool:
-        """Whether another sequence computes its next block now."""
+        """Whether another sequence computes its source or its next block now."""
         hits = self.look_up(seq)
-        if not self._claims or hits >= self._usable(seq):
+        if not self._claims:
             return False
-        return self._claims.get(seq.contents[hits].key, seq) is not seq
+        if seq.source is not None and not self.find_source(seq):
+            first = seq.source_contents[0].key
+            if self._claims.get(first, seq) is not seq:
+                return True
+        return hits < self._usable(seq) and self._claims.get(seq.contents[hits].key, seq) is not seq
 
     def claim(self, seq: Sequence) -> None:
         """The sequence computes what was not found, as far as nobody else does already."""
         if self._enabled:
+            if seq.source_step:
+                self._claims.setdefault(seq.source_contents[0].key, seq)
             for content in seq.contents[seq.num_published_blocks : self._usable(seq)]:
                 self._claims.setdefault(content.key, seq)
 
@@ -77,9 +102,19 @@ class BlockReuse:
             self._drop_claim(contents[index].key, seq)
         seq.num_published_blocks = full
 
+    def publish_source(self, seq: Sequence) -> None:
+        """Its source's blocks are computed: they become findable."""
+        if self._enabled:
+            table = seq.tables["cross"]
+            for block, content in zip(table, seq.fill_source(len(table), self._hasher), strict=True):
+                self.prefix.publish(block, content)
+            self._drop_claim(seq.source_contents[0].key, seq)
+
     def drop_claims(self, seq: Sequence) -> None:
         """The sequence computes no more blocks."""
         if self._claims:
+            for content in seq.source_contents[:1]:
+                self._drop_claim(content.key, seq)
             for content in seq.contents[seq.num_published_blocks :]:
                 self._drop_claim(content.key, seq)
 

@@ -12,8 +12,6 @@ taken in in the order they were scheduled.
 
 from __future__ import annotations
 
-import enum
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +21,8 @@ from mm_core.cache.encoder import EncoderCache
 from mm_core.errors import EngineError, MMError
 from mm_core.hashing import Hasher
 from mm_core.scheduler.media import MediaPlanner
-from mm_core.scheduler.plan import StepPlan
+from mm_core.scheduler.outlook import Outlook
+from mm_core.scheduler.plan import Outcome, StepPlan
 from mm_core.scheduler.policy import WaitingPolicy, longest_prefix_first
 from mm_core.scheduler.reuse import BlockReuse
 from mm_core.scheduler.sequence import (
@@ -36,29 +35,22 @@ from mm_core.scheduler.sequence import (
     StepResult,
     TokenEvent,
 )
+from mm_core.scheduler.sources import SourcePlanner
 from mm_core.scheduler.waiting import WaitingQueue
 from mm_core.types import FinishReason, MediaFeature
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of a step and of a sequence. encoder_budget is in the encoder's cost units."""
+    """Limits of a step and of a sequence. encoder_budget is in the encoder's cost units. source_budget: rows of
+    sources computed in a step; 0: as many as there are tokens, four times."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     encoder_budget: int
     max_model_len: int
     enable_block_reuse: bool = True
-
-
-class _Outcome(enum.Enum):
-    """Of an attempt to start a waiting sequence. AWAITS: another computes its next block. LATER: a coming
-    step has encoder budget or room for it. FULL: there are too few blocks."""
-
-    STARTED = enum.auto()
-    AWAITS = enum.auto()
-    LATER = enum.auto()
-    FULL = enum.auto()
+    source_budget: int = 0
 
 
 class Scheduler:
@@ -80,12 +72,15 @@ class Scheduler:
         self.encoder_cache = encoder_cache
         self.stats = SchedulerStats()
         self.media = MediaPlanner(encoder_cache, encoder_cost, self.stats, pool.block_size)
+        self.sources = SourcePlanner(pool, self.reuse, self.media, self.stats)
         self.waiting = WaitingQueue(policy, 4 * config.max_num_seqs, self.reuse.cached_tokens)
         self.running: list[Sequence] = []
+        self.outlook = Outlook(pool.block_size)
+        self._source_budget = config.source_budget or 4 * config.max_num_batched_tokens
         self._slots = list(reversed(range(config.max_num_seqs)))
         # Admission that found nothing to start is not tried again until something has changed for it.
         self._look_again = True
-        self._headroom_seen = sys.maxsize
+        self._refused: tuple[int, int, int, int] | None = None  # what the first that found no room wants
         self._claims_seen = 0
 
     # -- requests in and out ---------------------------------------------------------------
@@ -96,9 +91,9 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence."""
+        """Queue a sequence whose request passed `sources.check`."""
         seq.waiting_since = self.stats.steps
-        seq.max_length = min(seq.max_length, self.config.max_model_len)
+        seq.max_length = min(seq.max_length, self.config.max_model_len, self.sources.max_length(seq.request))
         self.waiting.append(seq)
         self.stats.prompt_tokens += seq.prompt_len
         self._look_again = True
@@ -110,6 +105,8 @@ class Scheduler:
         (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         self._release(seq)
         seq.status = Status.FINISHED
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.outlook.learn(seq)
         self.stats.finished[reason.value] = self.stats.finished.get(reason.value, 0) + 1
 
     def _release(self, seq: Sequence) -> None:
@@ -119,6 +116,7 @@ class Scheduler:
             seq.tables[name] = []
         self.media.release_all(seq)
         self.reuse.drop_claims(seq)
+        seq.source_step = 0
         if seq.slot >= 0:
             self._slots.append(seq.slot)
             seq.slot = -1
@@ -129,7 +127,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step's work, or None if nothing can run."""
-        plan = StepPlan(self.stats.steps + 1, self.config.max_num_batched_tokens, self.config.encoder_budget)
+        config = self.config
+        plan = StepPlan(self.stats.steps + 1, config.max_num_batched_tokens, config.encoder_budget, self._source_budget)
         preemptions = self.stats.preemptions
         self._schedule_running(plan)
         if self.stats.preemptions == preemptions:  # or the preempted would take its blocks right back
@@ -137,13 +136,13 @@ class Scheduler:
         if plan.ahead or self.waiting.num_with_media:
             self.media.encode_ahead(chain(plan.ahead, self._about_to_start()), plan)
         self.stats.steps += 1
-        self.stats.computed_tokens += self.config.max_num_batched_tokens - plan.tokens_left
+        self.stats.computed_tokens += config.max_num_batched_tokens - plan.tokens_left
         sequences, evicted = plan.sequences, tuple(self.encoder_cache.take_evicted())
         if not (sequences or plan.encode or evicted):
             return None
         self.pool.begin_step(plan.step)
         self.encoder_cache.begin_step(plan.step)
-        return ScheduledBatch(plan.step, sequences, tuple(plan.encode), evicted)
+        return ScheduledBatch(plan.step, sequences, tuple(plan.encode), evicted, tuple(plan.sources))
 
     def _schedule_running(self, plan: StepPlan) -> None:
         put = plan.singles.append
@@ -167,7 +166,6 @@ class Scheduler:
             # A long prompt leaves room for every decode behind it: their next token is late otherwise.
             reserved = behind or 0 if missing > 1 else 0
             self._schedule_chunk(seq, min(missing, plan.tokens_left - reserved), plan)
-        plan.promised += len(self.running)
 
     def _schedule_chunk(self, seq: Sequence, length: int, plan: StepPlan) -> None:
         """As many of the next `length` tokens as media and blocks allow."""
@@ -176,7 +174,7 @@ class Scheduler:
         if length > 0 and self._grow(seq, seq.num_computed_tokens + length):
             self._put(seq, length, plan)
         if seq.status is Status.RUNNING:
-            plan.promised += max(wanted - len(seq.tables["self"]), 0)
+            plan.prompts += max(wanted - len(seq.tables["self"]), 0)
             if seq.num_computed_tokens < seq.media_end:
                 plan.ahead.append(seq)
 
@@ -231,58 +229,77 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.config.max_num_seqs or plan.tokens_left <= 0:
             return
         same = not self._look_again and self._claims_seen == self.reuse.dropped_claims
-        if same and self.pool.num_available - plan.promised <= self._headroom_seen:
+        refused = self._refused if same else None
+        if same and refused is None:
             return
-        self._look_again, self._headroom_seen = False, sys.maxsize
+        plan.future = self.outlook.future(self.running)
+        if refused is not None and plan.lacks_room(self.pool.num_available, *refused):
+            return
+        self._look_again, self._refused = False, None
         self._claims_seen = self.reuse.dropped_claims
         for seq in self.waiting.ordered(self.stats.steps):
             if len(self.running) >= self.config.max_num_seqs or plan.tokens_left <= 0:
                 self._look_again = True
                 return
             outcome = self._admit(seq, plan)
-            if outcome is _Outcome.FULL:
-                self._headroom_seen = self.pool.num_available - plan.promised
+            if outcome is Outcome.FULL:
+                self._look_again |= self._refused is None  # somebody before it may be able to start in the next step
                 return
-            if outcome is _Outcome.AWAITS:
+            if outcome is Outcome.AWAITS:
                 self.stats.deferred += 1
-            self._look_again |= outcome is _Outcome.LATER
+            self._look_again |= outcome is Outcome.LATER
 
     def _about_to_start(self) -> Iterator[Sequence]:
         """Waiting sequences that will compute their next tokens themselves, in the policy's order."""
-        return (s for s in self.waiting.last_order(self.stats.steps) if s.media_ahead and not self.reuse.awaits(s))
+        return (
+            s
+            for s in self.waiting.last_order(self.stats.steps)
+            if s.media_ahead and not self.reuse.awaits(s) and not self.reuse.find_source(s)
+        )
 
-    def _admit(self, seq: Sequence, plan: StepPlan) -> _Outcome:
+    def _admit(self, seq: Sequence, plan: StepPlan) -> Outcome:
         """Start a waiting sequence if it can run."""
         if self.reuse.awaits(seq):
-            return _Outcome.AWAITS
+            return Outcome.AWAITS
         if self.media.must_wait(seq, plan):
-            return _Outcome.LATER
-        shared = self.reuse.found(seq)
-        hits = len(shared)
-        available = self.pool.num_available - self.pool.num_cached(shared)
-        total = self.pool.blocks_for(seq.num_tokens) - hits
-        if self.running and available < total + plan.promised:
-            return _Outcome.FULL
+            return Outcome.LATER
+        shared, source = self.reuse.found(seq), self.reuse.find_source(seq)
+        hits, new_source = len(shared), 0 if source else self.sources.blocks_of(seq.request)
+        cached = self.pool.num_cached(chain(shared, source))
+        total = self.pool.blocks_for(seq.num_tokens) - hits + new_source
+        wants = self.outlook.wants(seq)
+        if self.running and plan.lacks_room(self.pool.num_available, cached, *wants, total):
+            self._refused = (cached, *wants, total)
+            return Outcome.FULL
         start = seq.num_computed_tokens = hits * self.pool.block_size
         length = self.media.fit(seq, min(seq.num_tokens - start, plan.tokens_left), plan)
-        now = self.pool.blocks_for(start + length) - hits
-        if length <= 0 or available < now:
+        now = self.pool.blocks_for(start + length) - hits + new_source
+        fits = length > 0 and (not new_source or self.sources.fit(seq, plan))
+        if not fits or self.pool.num_available - cached < now:
             seq.num_computed_tokens = 0
-            return _Outcome.LATER if length <= 0 else _Outcome.FULL
-        self._start(seq, shared, now)
+            return Outcome.FULL if fits else Outcome.LATER
+        self._start(seq, shared, source, now)
+        if new_source:
+            self.sources.start(seq, plan)
+        self.media.skip_cached(seq)
+        self.reuse.claim(seq)
         self._put(seq, length, plan)
-        plan.promised += total - now + 1
+        plan.prompts += total - now
+        plan.future.add(*wants, total)
         if seq.num_computed_tokens < seq.media_end:
             plan.ahead.append(seq)
-        return _Outcome.STARTED
+        return Outcome.STARTED
 
-    def _start(self, seq: Sequence, shared: list[int], new_blocks: int) -> None:
-        self.pool.share(shared)
+    def _start(self, seq: Sequence, shared: list[int], source: list[int], new_blocks: int) -> None:
+        self.pool.share(chain(shared, source))
         new = self.pool.allocate(new_blocks)
         if new is None:
             raise EngineError("KV blocks vanished within a step")
         seq.tables = {"self": [*shared, *new]}
-        seq.num_slots = (len(shared) + len(new)) * self.pool.block_size
+        if seq.source is not None:
+            count = 0 if source else self.sources.blocks_of(seq.request)
+            seq.tables = {"self": [*shared, *new[count:]], "cross": [*source, *new[:count]]}
+        seq.num_slots = len(seq.tables["self"]) * self.pool.block_size
         seq.num_published_blocks = len(shared)
         seq.num_completed_tokens = seq.num_computed_tokens
         if seq.num_cached_tokens is None:
@@ -292,8 +309,6 @@ class Scheduler:
         self.running.append(seq)
         seq.status = Status.RUNNING
         seq.slot = self._slots.pop()
-        self.media.skip_cached(seq)
-        self.reuse.claim(seq)
 
     # -- results ---------------------------------------------------------------------------
 
@@ -304,6 +319,8 @@ class Scheduler:
         """
         self.pool.complete_step(batch.step)
         self.encoder_cache.complete_step(batch.step)
+        if batch.sources:
+            self.sources.finish(batch, result)
         events: list[TokenEvent] = []
         failed, sampled = result.failed, result.sampled
         for seq, start, length, samples, _, epoch in batch.sequences:
@@ -371,3 +388,5 @@ class Scheduler:
                 raise RuntimeError(f"sequence {seq.seq_id} has computed more tokens than it has slots")
             if seq.num_published_blocks * self.pool.block_size > seq.num_completed_tokens:
                 raise RuntimeError(f"sequence {seq.seq_id} has published what is not computed")
+            if len(seq.tables.get("cross", ())) != self.sources.blocks_of(seq.request):
+                raise RuntimeError(f"sequence {seq.seq_id} has no room for its source, or too much")

@@ -13,7 +13,7 @@ import numpy as np
 from mm_core.cache.prefix import BlockContent
 from mm_core.config import SamplingParams
 from mm_core.errors import MMError
-from mm_core.hashing import ROOT, Hasher, block_key, encode_fields
+from mm_core.hashing import ROOT, Hasher, block_key, encode_fields, source_key
 from mm_core.types import FinishReason, Logprob, MediaFeature, PlaceholderRange, PreparedRequest
 
 
@@ -30,7 +30,9 @@ class Sequence:
 
     token_ids: prompt and output as far as known; tokens sampled by steps in flight come after them.
     [0, num_completed_tokens) have their KV, [0, num_computed_tokens) will when the steps in flight
-    complete. tables: block tables by name, append-only while it runs; num_slots: what they hold.
+    complete. tables: block tables by name, append-only while it runs; num_slots: what "self" holds;
+    "cross" is there where the request has a source, and full from the start. source_step: the step in
+    flight that computes its source, 0 if none does.
     held_media: items that must stay in the encoder cache for it. kept_media: items it will need, which
     leave only where somebody needs their room now.
     """
@@ -57,14 +59,19 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # of the prompt, at first admission
         self.encoded_rows = 0
         self.waiting_since = 0
+        self.source = request.source
+        self.source_step = 0
         self.media_end = max((r.end for r in request.ranges), default=0)
         self.held_media: set[bytes] = set()
         self.kept_media: set[bytes] = set()
-        self.media_ahead = bool(request.ranges)  # whether items may be encoded before they are needed
-        self.tables: dict[str, list[int]] = {"self": []}
+        self.media_ahead = bool(request.media)  # whether items may be encoded before they are needed
+        self.tables: dict[str, list[int]] = {"self": []} if request.source is None else {"self": [], "cross": []}
         self.contents: list[BlockContent] = []  # of the full blocks, as far as they were needed
+        self.source_contents: list[BlockContent] = []  # of its source's blocks, as far as they were needed
         self.seen_version = (-1, -1)  # of the prefix cache, at the last lookup
         self.seen_hits = 0
+        self.seen_source_version = (-1, -1)  # as `seen_version`, of the source's blocks
+        self.seen_source: list[int] = []
 
     @property
     def num_tokens(self) -> int:
@@ -88,8 +95,21 @@ class Sequence:
 
     @property
     def ranges(self) -> tuple[PlaceholderRange, ...]:
-        """Where media lie in the prompt."""
+        """Where media lie in the decoder's prompt."""
         return self.request.ranges
+
+    @property
+    def media(self) -> tuple[PlaceholderRange, ...]:
+        """All items it needs, those of its source included."""
+        return self.request.media
+
+    def fill_source(self, count: int, hasher: Hasher) -> list[BlockContent]:
+        """Keys of the first `count` of its source's blocks at least, computed once each. The last block may
+        be partly filled: the source's key says how far."""
+        if self.source is not None:
+            for index in range(len(self.source_contents), count):
+                self.source_contents.append(BlockContent(source_key(hasher, self.source.key, index), ()))
+        return self.source_contents
 
     def fill_contents(self, count: int, block_size: int, hasher: Hasher) -> list[BlockContent]:
         """Keys and tokens of the first `count` full blocks at least, computed once each."""
@@ -162,14 +182,17 @@ class ScheduledBatch:
     """One step's work, in flattened order: sequences with one token first.
 
     encode: items to encode, those that `sequences` read before those that are encoded ahead. A batch
-    may hold nothing but such items. evicted_media: items whose rows nobody may read any more; they
-    are dropped first, for one of them may be encoded anew in the same step.
+    may hold nothing but such items. sources: sequences whose source's keys and values are computed first,
+    into their "cross" tables; they are among `sequences`, and their media are held. evicted_media: items
+    whose rows nobody may read any more; they are dropped first, for one of them may be encoded anew in the
+    same step.
     """
 
     step: int
     sequences: tuple[ScheduledSequence, ...]
     encode: tuple[EncodeItem, ...] = ()
     evicted_media: tuple[bytes, ...] = ()
+    sources: tuple[Sequence, ...] = ()
 
     @property
     def num_decodes(self) -> int:
@@ -196,6 +219,7 @@ class SchedulerStats:
     encoded_items: int = 0
     encoded_rows: int = 0
     encoded_ahead: int = 0
+    computed_sources: int = 0
     deferred: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 

@@ -35,7 +35,7 @@ class WaitingQueue:
         """Queue a sequence."""
         self._queue[seq.seq_id] = seq
         self._order = None
-        self.num_with_media += bool(seq.ranges)
+        self.num_with_media += bool(seq.media)
 
     def put_back(self, seq: Sequence) -> None:
         """Queue a preempted sequence before all others."""
@@ -45,7 +45,7 @@ class WaitingQueue:
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out."""
         del self._queue[seq.seq_id]
-        self.num_with_media -= bool(seq.ranges)
+        self.num_with_media -= bool(seq.media)
 
     def ordered(self, step: int) -> list[Sequence]:
         """The window in the policy's order."""
