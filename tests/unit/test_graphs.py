@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import fake_cross
 from support.tiny import randomize_
 
 from mm_core.config import SamplingParams
@@ -16,6 +17,7 @@ from mm_core.decoders.llama import LlamaConfig, LlamaDecoder
 from mm_core.hookspecs import BuildContext
 from mm_core.layers import RopeConfig
 from mm_core.runner import chunk_graphs, graphs
+from mm_core.runner.fusing import Modules
 from mm_core.runner.memory import KVCache
 from mm_core.runner.runner import ModelRunner, RunnerLimits
 from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence
@@ -53,7 +55,8 @@ def make_runner() -> ModelRunner:
     for k, v in kv.caches["self"]:
         k.normal_()
         v.normal_()
-    runner = ModelRunner(decoder, _Encoder(), kv, "fake", CPU, RunnerLimits(8, 256, 40, 256))  # type: ignore[arg-type]
+    modules = Modules("fake", decoder, _Encoder())  # type: ignore[arg-type]
+    runner = ModelRunner(modules, kv, CPU, RunnerLimits(8, 256, 40, 256))
     runner.rows.slab.normal_()
     runner.rows.places.by_key[b"a"] = np.array([30, 5, 17], np.int32)
     runner._sampler.last_ids.copy_(torch.arange(40, 48))
@@ -95,9 +98,15 @@ def eager(runner: ModelRunner, host: Any) -> torch.Tensor:
     return hidden if host.sample_rows is None or len(host.sample_rows) else hidden[:0]
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, module: Any, make: Any, batch: list[ScheduledSequence]) -> None:
+def compare(
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    make: Any,
+    batch: list[ScheduledSequence],
+    runner: ModelRunner | None = None,
+) -> None:
     monkeypatch.setattr(module, "capture", lambda run, _: SimpleNamespace(replay=run))
-    runner = make_runner()
+    runner = runner or make_runner()
     host = runner._builder.build(ScheduledBatch(1, tuple(batch)), runner.rows.places)
     before = copy.deepcopy(runner.kv.caches)
     wanted = eager(runner, host)
@@ -119,9 +128,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, module: Any, make: Any, batch: list
 
 
 def chunks(runner: ModelRunner) -> chunk_graphs.ChunkGraphs:
-    width = runner._builder.width
-    last_ids = runner._sampler.last_ids
-    return chunk_graphs.ChunkGraphs(runner._decoder, runner.kv.caches, last_ids, runner.rows.slab, width, 256)
+    return chunk_graphs.ChunkGraphs(runner._graph_inputs(0), runner._slab_for_prompts(), 256)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -131,11 +138,7 @@ def test_a_padded_step_computes_what_an_eager_one_does(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", DECODES)
 def test_a_padded_decode_step_computes_what_an_eager_one_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def make(runner: ModelRunner) -> graphs.DecodeGraphs:
-        parts = (runner._decoder, runner.kv.caches, runner._sampler.last_ids)
-        return graphs.DecodeGraphs(*parts, runner._builder.width, 256)
-
-    compare(monkeypatch, graphs, make, DECODES[name])
+    compare(monkeypatch, graphs, lambda runner: graphs.DecodeGraphs(runner._graph_inputs(0)), DECODES[name])
 
 
 def test_steps_that_no_graph_fits_are_left_to_eager_ones() -> None:
@@ -147,3 +150,93 @@ def test_steps_that_no_graph_fits_are_left_to_eager_ones() -> None:
     made._tokens = {count: [n for n in sizes if n < 250] for count, sizes in made._tokens.items()}
     assert made._fit(long) is None
     assert made.run(long) is None
+
+
+# -- cross-attention -----------------------------------------------------------------------------------
+
+LONG, SHORT = (fake_cross.media_source(fake_cross.feature(name, rows)) for name, rows in (("a", 77), ("b", 5)))
+with_source = fake_cross.scheduled
+CROSS_CHUNKS = {
+    "a prompt": [with_source(0, 0, 21, 21, LONG)],
+    "decodes beside chunks": [
+        with_source(5, 50, 1, 50, LONG),
+        with_source(1, 17, 1, 18, SHORT, 1),
+        with_source(0, 0, 30, 30, LONG),
+        with_source(2, 16, 3, 19, SHORT, 1),
+    ],
+}
+CROSS_DECODES = {
+    "one": [with_source(0, 20, 1, 21, SHORT)],
+    "three, two of them with one source": [
+        with_source(4, 33, 1, 33, LONG),
+        with_source(0, 20, 1, 21, SHORT, 1),
+        with_source(7, 60, 1, 60, LONG),
+    ],
+}
+
+
+def make_cross_runner(source_len: int = 0) -> ModelRunner:
+    """Noise in all blocks stands for the sources' keys and values."""
+    runner = fake_cross.make_runner(fake_cross.Plain("cross_attention"))
+    if source_len:
+        runner._decoder.max_source_len = source_len  # type: ignore[attr-defined]
+    runner._sampler.last_ids.copy_(torch.arange(40, 48))
+    return runner
+
+
+@pytest.mark.parametrize("name", CROSS_CHUNKS)
+def test_a_padded_step_with_sources(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    compare(monkeypatch, chunk_graphs, chunks, CROSS_CHUNKS[name], make_cross_runner())
+
+
+@pytest.mark.parametrize("name", CROSS_DECODES)
+def test_a_padded_decode_step_with_sources(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def make(runner: ModelRunner) -> graphs.DecodeGraphs:
+        return graphs.DecodeGraphs(runner._graph_inputs(0))
+
+    compare(monkeypatch, graphs, make, CROSS_DECODES[name], make_cross_runner())
+
+
+def test_a_graph_forgets_the_sources_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (graphs, chunk_graphs):
+        monkeypatch.setattr(module, "capture", lambda run, _: SimpleNamespace(replay=run))
+    runner = make_cross_runner()
+    for make, batches in (
+        (lambda: graphs.DecodeGraphs(runner._graph_inputs(0)), CROSS_DECODES.values()),
+        (lambda: chunks(runner), CROSS_CHUNKS.values()),
+    ):
+        with torch.inference_mode():
+            made: Any = make()
+            made.capture(None)
+            for batch in [*batches, *reversed(batches)]:
+                host = runner._builder.build(ScheduledBatch(1, tuple(batch)), runner.rows.places)
+                found = made.run(host).clone()
+                torch.testing.assert_close(found, eager(runner, host), atol=1e-5, rtol=1e-5)
+
+
+def test_longer_sources_than_were_captured_are_left_to_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (graphs, chunk_graphs):
+        monkeypatch.setattr(module, "capture", lambda run, _: SimpleNamespace(replay=run))
+    runner = make_cross_runner(source_len=76)
+    inputs = runner._graph_inputs(0)
+    assert inputs.source_len == 76
+    decodes, steps = graphs.DecodeGraphs(inputs), chunks(runner)
+    with torch.inference_mode():
+        decodes.capture(None)
+        steps.capture(None)
+        for source, fits in ((SHORT, True), (LONG, False)):
+            for made, s in ((decodes, with_source(0, 20, 1, 21, source)), (steps, with_source(0, 0, 9, 9, source))):
+                host = runner._builder.build(ScheduledBatch(1, (s,)), runner.rows.places)
+                assert (made.run(host) is not None) is fits  # type: ignore[attr-defined]
+
+
+def test_conditioned_rows_fit_no_graph() -> None:
+    runner = fake_cross.make_runner(
+        fake_cross.Condition(), decoder=LlamaDecoder(CONFIG, BuildContext(CPU, torch.float32, 256))
+    )
+    runner.rows.places.by_key[b"a"] = np.arange(21, dtype=np.int32)
+    made = chunks(runner)
+    place = PlaceholderRange(4, 2, (True, True), fake_cross.feature("a", 21, num_fused=2))
+    for ranges, fits in (((place,), False), ((), True)):
+        batch = ScheduledBatch(1, (scheduled(0, 2, 5, 60, ranges=ranges),))
+        assert (made._fit(runner._builder.build(batch, runner.rows.places)) is not None) is fits

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import fake_cross
 from support.tiny import make_tiny_qwen2vl
 
 from mm_core import Engine, KvCacheConfig, SamplingParams
@@ -17,10 +18,11 @@ from mm_core.config import EngineConfig
 from mm_core.engine import loading, warming
 from mm_core.engine import startup as startup_module
 from mm_core.engine.startup import StartupTimes
-from mm_core.errors import OutOfMemoryError
+from mm_core.errors import OutOfMemoryError, PluginError
 from mm_core.hookspecs import BuildContext, KVCacheSpec
 from mm_core.runner import probe
-from mm_core.runner.memory import block_bytes, count_blocks, is_out_of_memory, out_of_memory
+from mm_core.runner.fusing import Modules
+from mm_core.runner.memory import KVCache, block_bytes, count_blocks, is_out_of_memory, out_of_memory
 
 GPU = torch.device("cuda", 0)
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -41,9 +43,20 @@ def path(tmp_path_factory):
     return make_tiny_qwen2vl(tmp_path_factory.mktemp("model"))
 
 
-def test_block_bytes_count_keys_and_values_of_all_tables():
-    specs = (KVCacheSpec("self", 28, 4, 128), KVCacheSpec("cross", 2, 3, 64))
-    assert block_bytes(specs, 16, torch.bfloat16) == 2 * 16 * (28 * 4 * 128 + 2 * 3 * 64) * 2
+def test_block_bytes_count_keys_and_values_of_one_table():
+    specs = (KVCacheSpec("self", 28, 4, 128), KVCacheSpec("cross", 28, 4, 128))
+    assert block_bytes(specs, 16, torch.bfloat16) == 2 * 16 * (28 * 4 * 128) * 2
+    assert block_bytes(specs[:1], 16, torch.bfloat16) == block_bytes(specs, 16, torch.bfloat16)
+
+
+def test_tables_share_one_store_and_must_have_one_shape():
+    specs = (KVCacheSpec("self", 2, 3, 8), KVCacheSpec("cross", 2, 3, 8))
+    kv = KVCache(specs, 5, 16, torch.float32, torch.device("cpu"))
+    assert kv.bytes == 2 * 2 * 5 * 16 * 3 * 8 * 4
+    for (k, v), (cross_k, cross_v) in zip(kv.caches["self"], kv.caches["cross"], strict=True):
+        assert (k.data_ptr(), v.data_ptr()) == (cross_k.data_ptr(), cross_v.data_ptr())
+    with pytest.raises(PluginError, match=r"'cross' 2 × 4 × 8.*one shape"):
+        KVCache((specs[0], KVCacheSpec("cross", 2, 4, 8)), 5, 16, torch.float32, torch.device("cpu"))
 
 
 def test_blocks_take_their_share_of_what_a_step_leaves(free):
@@ -85,9 +98,27 @@ def test_a_full_step_adds_encoder_and_decoder(monkeypatch, path):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(peak=allocated["now"]))
     monkeypatch.setattr(probe, "_run_encoder", grow(3000, probe._run_encoder))
     monkeypatch.setattr(probe, "_run_decoder", grow(500, probe._run_decoder))
-    step = probe.measure_step(model.decoder, model.encoder, model.processor, config, 4096, model.device)
+    step = probe.measure_step(model.modules, model.processor, config, probe.Budgets(4096), model.device)
     rows = config.encoder_cache_tokens * model.encoder.hidden_size * 4
     assert (step.encoder, step.decoder, step.kept, step.total) == (3000, 500, rows, 3500 + rows)
+
+
+def test_sources_and_conditioned_rows_are_measured_too(monkeypatch):
+    """What runs on the decoder's stream runs one after another: the largest of it counts."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    peaks = iter([0, 700, 0, 20, 0, 30, 0, 5000])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    item = fake_cross.feature("a", 40, num_fused=2)
+    monkeypatch.setattr(probe, "noise_feature", lambda *_: item)
+    fusion = fake_cross.Condition("encoder_decoder")
+    runner = fake_cross.make_runner(fusion, decoder=fake_cross.CrossDecoder(reads_text=True))
+    config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=4, encoder_cache_tokens=1000)
+    step = probe.measure_step(runner._modules, None, config, probe.Budgets(100, 256, 50), torch.device("cpu"))
+    assert (step.encoder, step.decoder, step.kept) == (700, 5000, 1000 * fake_cross.ENCODED * 4)
+    assert runner._decoder.written == [256]
+    assert fusion.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -140,6 +171,7 @@ def test_out_of_memory_names_the_setting_at_each_stage(monkeypatch, path, where,
 def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, free):
     full, config = SimpleNamespace(capture_graphs=_raise_full, reserve=lambda *_: None), EngineConfig()
     decoder = SimpleNamespace(position_axes=3, kv_specs=())
+    modules = Modules("family", decoder, SimpleNamespace())
     model = SimpleNamespace(
         device=GPU, dtype=torch.bfloat16, max_model_len=64, startup=StartupTimes(), decoder=decoder,
         examples=(),
@@ -151,7 +183,7 @@ def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, fre
     monkeypatch.setattr(warming, "KVCache", _raise_full)
     context = BuildContext(GPU, torch.bfloat16, 64)
     with pytest.raises(OutOfMemoryError, match=r"warming up.*max_num_batched_tokens.*encoder_budget"):
-        warming.EngineWarmUp(config, "family", decoder, SimpleNamespace(), context)
+        warming.EngineWarmUp(config, modules, context)
     monkeypatch.setattr(loading, "resolve_device", lambda config: GPU)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "zeros", _raise_full)

@@ -18,7 +18,7 @@ from mm_core.runner.upload import ALIGN, upload
 from mm_core.scheduler.sequence import EncodeItem, ScheduledBatch, ScheduledSequence
 from mm_core.scheduler.sequence import Sequence as SequenceState
 from mm_core.tracing import SpanRecorder
-from mm_core.types import MediaFeature, PlaceholderRange, PreparedRequest
+from mm_core.types import MediaFeature, PlaceholderRange, PreparedRequest, Source
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -83,6 +83,33 @@ def test_tables_grow_and_a_slot_forgets_its_last_sequence() -> None:
     assert made.build(ScheduledBatch(3, (other,)), MediaPlaces()).tables[0, 0] == 2
     resumed = ScheduledSequence(other.seq, 0, 4, True, {"self": [3]}, epoch=1)
     assert made.build(ScheduledBatch(4, (resumed,)), MediaPlaces()).tables[0, 0] == 3
+
+
+def test_tables_of_sources_grow_beside_the_others_and_are_forgotten_with_them() -> None:
+    made = BatchBuilder(max_num_seqs=4, max_model_len=64, block_size=BLOCK, axes=1, cross=True)
+    short, long = (Source(name, rows) for name, rows in ((b"s", 5), (b"l", 4 * TABLE_STEP + 3)))
+    one = scheduled(0, 0, 2, [1, 2], [5], source=short)
+    one.tables["cross"] = [8, 9]  # type: ignore[index]
+    plain = scheduled(2, 0, 1, [1], [6])
+    host = made.build(ScheduledBatch(1, (plain, one)), MediaPlaces()).cross
+    assert host is not None
+    assert (host.kv_lens.tolist(), host.max_kv_len) == ([0, 5], 5)
+    assert host.tables[1, :2].tolist() == [8, 9]
+    assert host.tables.shape == (2, TABLE_STEP)
+    two = scheduled(1, 0, 2, [1, 2], [7], source=long)
+    two.tables["cross"] = list(range(20, 20 + TABLE_STEP + 1))  # type: ignore[index]
+    wide = made.build(ScheduledBatch(2, (one, two)), MediaPlaces()).cross
+    assert wide is not None
+    assert wide.tables.shape == (2, 2 * TABLE_STEP)
+    assert wide.tables[0, :2].tolist() == [8, 9], "what was there before the others grew"
+    assert wide.tables[1, : TABLE_STEP + 1].tolist() == two.tables["cross"]
+    other = scheduled(1, 0, 2, [1, 2], [3], source=short)
+    other.seq.seq_id = 99
+    other.tables["cross"] = [30, 31]  # type: ignore[index]
+    last = made.build(ScheduledBatch(3, (other,)), MediaPlaces()).cross
+    assert last is not None
+    assert last.tables[0, :2].tolist() == [30, 31]
+    assert builder().build(ScheduledBatch(1, (plain,)), MediaPlaces()).cross is None
 
 
 def test_positions_follow_the_request_inside_the_prompt_and_its_delta_after_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.processors import After, NoRepeat
 from support.sampling import DEVICES, VOCAB, draw, in_slots, no_synchronisation, random_logits, row, sample
 from torch import Tensor
 
@@ -121,7 +122,7 @@ def test_any_course_of_joining_leaving_and_preemption(device: str, lazy: bool) -
     for a in done:
         assert a.output == in_one_go(a, table[a.number])
     assert grown > 0
-    assert drawer._history.capacity == 0, "the tables are given back when nobody needs them"
+    assert drawer._history.capacity == drawer._outputs.capacity == 0, "the tables are given back when nobody needs them"
 
 
 def course_of(count: int) -> list[dict[str, Any]]:
@@ -132,6 +133,8 @@ def course_of(count: int) -> list[dict[str, Any]]:
         {"top_p": 0.8, "frequency_penalty": 1.0},
         {"temperature": 0.0, "repetition_penalty": 1.5, "min_tokens": 2, "logprobs": 2},
         {"top_k": 20, "min_tokens": 1, "logit_bias": {3: 2.0}},
+        {"temperature": 0.0, "logits_processors": (NoRepeat(),)},
+        {"logits_processors": (NoRepeat(), After(3)), "presence_penalty": 1.0},
     ]
     return [kinds[i % len(kinds)] for i in range(count)]
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support import fake_cross
 from support.tiny import make_tiny_qwen2vl
 
 from mm_core.config import EngineConfig
@@ -21,9 +22,10 @@ from mm_core.engine.warming import EngineWarmUp
 from mm_core.hookspecs import BuildContext
 from mm_core.runner import warmup
 from mm_core.runner.memory import KVCache
-from mm_core.runner.rehearsal import Rehearsal, Sizes, noise_feature
+from mm_core.runner.rehearsal import Rehearsal, Sizes, noise_feature, noise_features
 from mm_core.runner.runner import ModelRunner, RunnerLimits
 from mm_core.runner.warmup import KernelCompiler, WarmUp, rehearse
+from mm_core.types import MediaFeature
 
 
 class Kernel:
@@ -152,6 +154,14 @@ def test_repeated_layers_take_part_until_the_last_steps(runtime, compiler):
     assert [name for name, _ in module.named_parameters()] == names
 
 
+def test_stages_of_a_pyramid_all_take_part():
+    blocks = [torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(5)) for _ in range(4)]
+    stages = torch.nn.ModuleList(torch.nn.ModuleDict({"blocks": each}) for each in blocks)
+    with warmup.shortened([stages]):
+        assert [len(each["blocks"]) for each in stages] == [2] * 4
+    assert [len(each["blocks"]) for each in stages] == [5] * 4
+
+
 def test_what_cannot_be_recorded_runs_without(runtime, compiler):
     ran = []
 
@@ -194,7 +204,7 @@ def test_made_up_steps_run(tmp_path):
     sizes = Sizes(16, 700, 1024, 16, 17, model.decoder.position_axes)
     kv = KVCache(model.decoder.kv_specs, 17, 16, torch.float32, model.device)
     limits = RunnerLimits(16, 1024, 2048, 700)
-    runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device, limits)
+    runner = ModelRunner(model.modules, kv, model.device, limits)
     features = [noise_feature(model.processor, side) for side in (140, 90)]
     rehearsal = Rehearsal(sizes)
     media = rehearse(runner, [step for feature in features for step in rehearsal.media_steps(feature, (1, 3), 10_000)])
@@ -211,7 +221,7 @@ def test_an_engine_warms_up_and_lets_go(tmp_path, runtime):
     model = load_model(str(make_tiny_qwen2vl(tmp_path)), config, None)
     layers, context = len(model.decoder.layers), BuildContext(model.device, model.dtype, model.max_model_len)
     startup = StartupTimes()
-    warm = EngineWarmUp(config, model.family, model.decoder, model.encoder, context)
+    warm = EngineWarmUp(config, model.modules, context)
     kv = weakref.ref(warm._runner.kv)
     warm.begin_text(startup)
     warm.begin_media(startup, [noise_feature(model.processor, 90)])
@@ -222,11 +232,80 @@ def test_an_engine_warms_up_and_lets_go(tmp_path, runtime):
     assert {"kernels: text", "kernels: media", "kernels: rest"} <= set(startup.seconds)
 
 
+FAMILIES = {
+    "cross_attention": (fake_cross.Plain("cross_attention"), False, fake_cross.feature("a", 40)),
+    "encoder_decoder": (fake_cross.Condition("encoder_decoder"), True, fake_cross.feature("a", 40, num_fused=2)),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_made_up_steps_with_sources_run(kind):
+    fusion, text, item = FAMILIES[kind]
+    runner = fake_cross.make_runner(fusion, decoder=fake_cross.CrossDecoder(reads_text=text))
+    if not text:
+        runner._decoder.max_source_len = 50
+    modules = runner._modules
+    assert modules.source_len(256) == (256 if text else 50)
+    sizes = Sizes(8, 256, 256, 16, 64, 1, modules.source_len(256), modules.reads_text)
+    rehearsal = Rehearsal(sizes)
+    batches = [*rehearsal.text_steps(), *rehearsal.media_steps(item, (1, 4, 30), 200)]
+    with_sources = [batch for batch in batches if batch.sources]
+    assert [len(batch.encode) for batch in with_sources] == [*([0] * 3 if text else []), 1, 4]
+    for step in rehearse(runner, batches) * 2:
+        step()
+    assert runner.sources.calls == 2 * len(with_sources)
+    if text:
+        assert fusion.calls == 4
+
+
+def test_steps_that_a_source_makes_too_large_are_cut(tmp_path):
+    rehearsal = Rehearsal(Sizes(2, 3, 64, 16, 5, 1, 40))
+    batches = list(rehearsal.media_steps(fake_cross.feature("a", 40), (4,), 1000))
+    assert [(len(b.sequences), b.num_tokens, len(b.encode)) for b in batches] == [(2, 2, 4)]
+
+
+def test_examples_have_different_shapes():
+    class Processor:
+        modalities = ("image",)
+
+        def variant(self, item, request):
+            return b""
+
+        def prepare(self, item, variant):
+            side = min(item.info["width"], 336)
+            return MediaFeature("image", side // 14, {"pixels": torch.zeros(side, side)})
+
+    assert [f.key for f in noise_features(Processor(), (224, 336, 448, 672))] == [b"224", b"336"]
+
+
+def test_a_family_that_only_hears_is_given_sound():
+    heard = []
+
+    class Processor:
+        modalities = ("audio",)
+        sampling_rate = 800
+
+        def variant(self, item, request):
+            return b""
+
+        def prepare(self, item, variant):
+            heard.append(item)
+            return MediaFeature("audio", 3, {})
+
+    (feature,) = noise_features(Processor(), (224, 336))
+    assert feature.num_tokens == 3
+    assert len(heard[0].data) == 30 * 800 == heard[0].info["samples"]
+    assert heard[0].data.dtype == np.float32
+    Processor.modalities = ("video",)
+    assert noise_features(Processor(), (224,)) == ()
+
+
+@pytest.mark.parametrize("source_len", [0, 1500])
 @pytest.mark.parametrize("limits", [(256, 8192, 32768), (1, 16, 16), (4, 2048, 2), (3, 1, 64)])
-def test_made_up_steps_keep_the_limits(limits):
+def test_made_up_steps_keep_the_limits(limits, source_len):
     seqs, tokens, length = limits
     blocks = min(seqs, 256) + 1
-    batches = list(Rehearsal(Sizes(seqs, tokens, length, 16, blocks, 3)).text_steps())
+    batches = list(Rehearsal(Sizes(seqs, tokens, length, 16, blocks, 3, source_len, True)).text_steps())
     assert batches
     ids = [s.seq.seq_id for batch in batches for s in batch.sequences]
     assert len(set(ids)) == len(ids)
@@ -239,6 +318,10 @@ def test_made_up_steps_keep_the_limits(limits):
             table = np.asarray(s.tables["self"])
             assert len(table) == -(-(s.start + s.length) // 16)
             assert 0 <= table.min() <= table.max() < blocks
+            if source_len:
+                cross = np.asarray(s.tables["cross"])
+                assert len(cross) == -(-s.seq.request.source.num_tokens // 16)
+                assert 0 <= cross.min() <= cross.max() < blocks
 
 
 _REAL_TRITON = """

@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.frontend import Frontend
+from mm_core.engine.tasks import Outcome, TaskRun, unwrap
 from mm_core.errors import MMError
 from mm_core.tracing import Span
-from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
+from mm_core.types import RequestOutput, TaskRequest, TextPrompt, TextPromptDict
 
 
 class AsyncEngine:
@@ -64,6 +65,44 @@ class AsyncEngine:
         """The text so far after each token. Leaving the loop (with `aclosing`, or by cancelling) aborts."""
         return self._updates(prompt, sampling_params, True, apply_chat_template)
 
+    async def task(self, name: str, /, **inputs: Any) -> Any:
+        """Run one of the family's tasks, as `Engine.task`; what it does between requests is done in a thread."""
+        run = await asyncio.to_thread(TaskRun, self._frontend, name, inputs)
+        try:
+            requests = await _advance(run, ())
+            while requests is not None:
+                requests = await _advance(run, await self._outcome(requests))
+        finally:
+            run.close()
+        return run.result
+
+    async def tasks(self, name: str, inputs: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run a task for each of `inputs`, all at once; results and errors as `Engine.tasks`."""
+        jobs = [asyncio.ensure_future(self.task(name, **each)) for each in inputs]
+        try:
+            if jobs:
+                await asyncio.wait(jobs)
+            return unwrap([_result_of(job) for job in jobs])
+        finally:
+            await _stop(jobs)
+
+    async def transcribe(self, audio: Any, **options: Any) -> Any:
+        """Short form of `task("transcribe", audio=…, **options)`; a list of clips gives a list of results."""
+        if isinstance(audio, list):
+            return await self.tasks("transcribe", [{"audio": clip, **options} for clip in audio])
+        return await self.task("transcribe", audio=audio, **options)
+
+    async def _outcome(self, requests: Sequence[TaskRequest]) -> Outcome:
+        """The outputs of a task's requests, or the first error; then the others are aborted."""
+        asked = (self.generate(r.prompt, r.params, apply_chat_template=r.apply_chat_template) for r in requests)
+        jobs = [asyncio.ensure_future(each) for each in asked]
+        try:
+            return await asyncio.gather(*jobs)
+        except MMError as error:
+            return error
+        finally:
+            await _stop(jobs)
+
     async def _updates(
         self, prompt: Any, params: SamplingParams | None, stream: bool, apply_chat_template: bool | None
     ) -> AsyncIterator[RequestOutput]:
@@ -111,3 +150,28 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _advance(run: TaskRun, outcome: Outcome) -> list[TaskRequest] | None:
+    """A task's next step, in a thread. Whoever stops waiting waits for its end: it cannot be closed before."""
+    step = asyncio.ensure_future(asyncio.to_thread(run.advance, outcome))
+    try:
+        return await asyncio.shield(step)
+    except asyncio.CancelledError:
+        await asyncio.gather(step, return_exceptions=True)
+        raise
+
+
+async def _stop(jobs: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel what still runs, and wait until it let go of what it holds."""
+    for job in jobs:
+        job.cancel()
+    await asyncio.gather(*jobs, return_exceptions=True)
+
+
+def _result_of(job: asyncio.Future[Any]) -> Any:
+    """A result, or the MMError in its place."""
+    try:
+        return job.result()
+    except MMError as error:
+        return error

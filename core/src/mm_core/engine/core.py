@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
 from mm_core.engine.precedence import Precedence
-from mm_core.errors import EngineError, MediaTooLargeError, MMError
+from mm_core.errors import EngineError, MMError
 from mm_core.runner.memory import is_lost
 from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler.scheduler import Scheduler
@@ -66,13 +66,9 @@ class EngineCore:
 
     def _submit(self, request: PreparedRequest) -> list[TokenOutput]:
         params: SamplingParams = request.params
-        capacity = self.scheduler.encoder_cache.capacity
-        largest = max((r.feature.num_tokens for r in request.ranges), default=0)
-        if largest > capacity:
-            error = MediaTooLargeError(
-                f"An item of {largest} media tokens exceeds the encoder cache of {capacity}. Raise "
-                "encoder_cache_tokens, or send the item smaller (mm_processor_kwargs)."
-            )
+        try:
+            self.scheduler.sources.check(request)
+        except MMError as error:
             return [TokenOutput(request.request_id, 0, None, finish_reason=FinishReason.ERROR.value, error=error)]
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         sequences = [SequenceState(self._take_id(), request, index, seed) for index in range(params.n)]
@@ -182,7 +178,8 @@ class EngineCore:
         held = scheduled.seq.held_media
         encode = tuple(i for i in batch.encode if i.key in held and i.key not in self.runner.rows)
         try:
-            part = replace(batch, sequences=(scheduled,), encode=encode, evicted_media=())
+            sources = tuple(seq for seq in batch.sources if seq is scheduled.seq)
+            part = replace(batch, sequences=(scheduled,), encode=encode, evicted_media=(), sources=sources)
             return self.runner.launch(part).wait()
         except BaseException as error:
             _raise_if_lost(error)

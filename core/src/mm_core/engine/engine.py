@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.frontend import Frontend
-from mm_core.errors import BatchError, EngineError, InvalidParamsError, InvalidPromptError, MMError
+from mm_core.engine.tasks import TaskDriver, unwrap
+from mm_core.errors import EngineError, InvalidParamsError, InvalidPromptError, MMError
 from mm_core.tracing import Span
 from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
 
@@ -86,6 +87,36 @@ class Engine:
         params = SamplingParams() if sampling_params is None else sampling_params
         return _Stream(self._frontend, prompt, params, apply_chat_template)
 
+    def task(self, name: str, /, **inputs: Any) -> Any:
+        """Run one of the family's tasks beside generation, e.g. `engine.task("transcribe", audio="talk.wav")`.
+
+        inputs: what the task takes; what it returns is the family's matter (see its README). Raises ConfigError
+        for a task that the family does not have, InvalidParamsError for inputs that it does not take.
+        """
+        (result,) = self.tasks(name, [inputs])
+        return result
+
+    def tasks(self, name: str, inputs: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run a task for each of `inputs`, all at once; the results in order.
+
+        A single one's error is raised as it is; of several the others still run, then BatchError tells which
+        failed and holds the rest.
+        """
+        if not isinstance(inputs, Sequence) or not all(isinstance(each, Mapping) for each in inputs):
+            raise InvalidParamsError("tasks() takes a list of dicts, the task's arguments by name.", param="inputs")
+        with self._progress(len(inputs), f"Task {name}", "task") as bar:
+            results = TaskDriver(self._frontend, name, bar.update).run(inputs)
+        return unwrap(results)
+
+    def transcribe(self, audio: Any, **options: Any) -> Any:
+        """Short form of `task("transcribe", audio=…, **options)`; a list of clips gives a list of results.
+
+        audio: path, bytes, `data:` URL or `(samples, rate)`, of any length; or a list of these.
+        """
+        if isinstance(audio, list):
+            return self.tasks("transcribe", [{"audio": clip, **options} for clip in audio])
+        return self.task("transcribe", audio=audio, **options)
+
     def _run(
         self, prompts: Sequence[Any], params: Sequence[SamplingParams], apply_chat_template: bool | None
     ) -> list[RequestOutput]:
@@ -106,25 +137,22 @@ class Engine:
             for request_id in ids:
                 self._frontend.abort(request_id)
             raise
-        return _unwrap(results)
+        return unwrap(results)
 
     def _collect(
         self, done: queue.SimpleQueue[tuple[int, RequestOutput | MMError]], count: int
     ) -> list[RequestOutput | MMError]:
         results: dict[int, RequestOutput | MMError] = {}
-        bar = tqdm(
-            total=count,
-            unit="req",
-            desc="Answering",
-            delay=_PROGRESS_DELAY_S,
-            disable=count < 2 or not self._frontend.config.show_progress,
-        )
-        with bar:
+        with self._progress(count, "Answering", "req") as bar:
             while len(results) < count:
                 index, result = done.get()
                 results[index] = result
                 bar.update()
         return [results[index] for index in range(count)]
+
+    def _progress(self, count: int, what: str, unit: str) -> Any:
+        hidden = count < 2 or not self._frontend.config.show_progress
+        return tqdm(total=count, unit=unit, desc=what, delay=_PROGRESS_DELAY_S, disable=hidden)
 
     def stats(self) -> dict[str, Any]:
         """Counters: tokens (prompt, cached, generated), steps, preemptions, blocks by state, caches."""
@@ -236,13 +264,3 @@ def _params_for(given: Any, count: int) -> list[SamplingParams]:
             param="sampling_params",
         )
     return list(params)
-
-
-def _unwrap(results: list[RequestOutput | MMError]) -> list[RequestOutput]:
-    errors = {i: r for i, r in enumerate(results) if isinstance(r, MMError)}
-    outputs = [r for r in results if isinstance(r, RequestOutput)]
-    if not errors:
-        return outputs
-    if len(results) == 1:
-        raise errors[0]
-    raise BatchError([None if isinstance(r, MMError) else r for r in results], errors)

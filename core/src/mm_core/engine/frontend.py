@@ -227,8 +227,8 @@ class Frontend:
             text = RequestText(request, self.model.processor.tokenizer, self._finish_text, stream=live.stream)
             live.text, live.plain = text, text.plain
             live.open = set(range(request.params.n))
-            live.prompt_tokens = len(request.token_ids)
-            live.media_tokens = sum([r.feature.num_tokens for r in request.ranges])
+            live.prompt_tokens = len(request.user_token_ids)
+            live.media_tokens = sum([r.feature.num_placed for r in request.media])
             live.token_times = None if self.recorder is None else []
             live.prepared = time.perf_counter()
             self._thread.send(Submit(request))

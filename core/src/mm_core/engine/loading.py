@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,15 +20,16 @@ from mm_core.decoders import default as default_decoder
 from mm_core.engine.core import EngineCore
 from mm_core.engine.startup import StartupTimes
 from mm_core.engine.warming import SMALLER_STEP, EngineWarmUp
-from mm_core.errors import CheckpointError, ConfigError, NotBuiltError, OutOfMemoryError
+from mm_core.errors import CheckpointError, ConfigError, OutOfMemoryError
 from mm_core.hashing import get_hasher
-from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor
+from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor, Task
 from mm_core.inputs.coordinator import nobody
 from mm_core.inputs.pipeline import InputPipeline, eos_token_ids
 from mm_core.plugins import Owner, PluginRegistry
+from mm_core.runner.fusing import Modules, check_modules
 from mm_core.runner.memory import GRAPH_BYTES, KVCache, block_bytes, count_blocks, kv_dtype, out_of_memory
-from mm_core.runner.probe import measure_step
-from mm_core.runner.rehearsal import noise_feature
+from mm_core.runner.probe import Budgets, measure_step
+from mm_core.runner.rehearsal import noise_features
 from mm_core.runner.runner import ModelRunner, RunnerLimits, resolve_device
 from mm_core.scheduler.scheduler import Scheduler, SchedulerConfig
 from mm_core.tracing import SpanRecorder
@@ -39,7 +40,9 @@ logger = logging.getLogger(__name__)
 # Four cost units (patches) a token: what families with 2×2 merging need for a step full of media.
 _COST_PER_TOKEN = 4
 _MIN_ENCODER_BUDGET = 16384
+_SOURCE_ROWS_PER_TOKEN = 4
 _EXAMPLE_SIDES = (224, 336, 448, 672, 896)  # pixels
+_USUAL_SIDE = 448
 
 _SMALLER_MODEL = "Use a smaller dtype or a smaller model, or end other programs on this GPU."
 _SMALLER_CACHE = "Lower KvCacheConfig(free_gpu_memory_fraction=...) or num_blocks; for a CPU, cpu_cache_size."
@@ -61,7 +64,13 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     startup: StartupTimes
-    examples: tuple[MediaFeature, ...] = ()  # prepared pictures of several sizes, where there is a GPU
+    examples: tuple[MediaFeature, ...] = ()  # prepared items of several sizes, where there is a GPU
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> Modules:
+        """What runs on the device."""
+        return Modules(self.family, self.decoder, self.encoder, self.fusion)
 
 
 def load_model(
@@ -80,39 +89,40 @@ def load_model(
     with startup.part("modules", "Building the model"):
         spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
         max_model_len = _resolve_length(name, config, spec)
-        fusion: Fusion = _call(registry, "mm_fusion", owner, checkpoint)
-        if fusion.kind != "embed":
-            raise NotBuiltError(
-                f"Family {owner.family.name!r} fuses by {fusion.kind!r}; this release runs families of kind 'embed'."
-            )
         context = BuildContext(device, dtype, max_model_len)
         with out_of_memory(f"building {name!r} in {dtype} on {device}", _SMALLER_MODEL):
+            fusion: Fusion = _call(registry, "mm_fusion", owner, checkpoint, context=context)
             encoder: Any = _call(registry, "mm_encoder", owner, checkpoint, context=context)
             decoder: Any = spec.build(context)
-    family, warm_up = owner.family.name, None
+        modules = Modules(owner.family.name, decoder, encoder, fusion)
+        check_modules(modules)
+    warm_up = None
     examples: tuple[MediaFeature, ...] = ()
     with ExitStack() as stack:
         if device.type == "cuda":
-            warm_up = EngineWarmUp(config, family, decoder, encoder, context)
+            warm_up = EngineWarmUp(config, modules, context)
             stack.callback(warm_up.close)
             warm_up.begin_text(startup)
         with startup.part("processor", "Loading the tokenizer"):
             processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
             _check_vocabulary(name, processor, decoder)
+            tasks = _call(registry, "mm_tasks", owner, checkpoint) if registry.implements("mm_tasks", owner) else {}
         if warm_up is not None:
             with startup.part("examples"):
-                examples = tuple(f for side in _EXAMPLE_SIDES if (f := noise_feature(processor, side)) is not None)
+                examples = noise_features(processor, _EXAMPLE_SIDES)
             warm_up.begin_media(startup, examples)
         smaller = out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL)
         with startup.part("weights", "Loading weights"), smaller:
-            _fill(config, checkpoint, [(encoder, encoder.weight_map), (decoder, spec.weight_map)])
+            targets = [(encoder, encoder.weight_map), (decoder, spec.weight_map)]
+            if modules.conditions:
+                targets.append((fusion, fusion.weight_map))  # type: ignore[attr-defined]
+            _fill(config, checkpoint, targets)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         if warm_up is not None:
             warm_up.finish(startup)
-    return LoadedModel(
-        family, checkpoint, processor, encoder, fusion, decoder, max_model_len, device, dtype, startup, examples
-    )
+    parts = (owner.family.name, checkpoint, processor, encoder, fusion, decoder)
+    return LoadedModel(*parts, max_model_len, device, dtype, startup, examples, tasks)
 
 
 def _open_device(config: EngineConfig) -> torch.device:
@@ -161,7 +171,7 @@ def _resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
 def _check_vocabulary(name: str, processor: Processor, decoder: Decoder) -> None:
     """Every id the tokenizer gives must have an embedding row."""
     known = len(processor.tokenizer)
-    placeholders = [processor.placeholder_id(m) for m in processor.modalities]
+    placeholders = [i for m in processor.modalities if (i := processor.placeholder_id(m)) is not None]
     if max([known - 1, *placeholders]) >= decoder.vocab_size:
         raise CheckpointError(
             f"The tokenizer of {name!r} has {known} tokens, its language model {decoder.vocab_size}: they belong to "
@@ -209,9 +219,10 @@ def build_core(
         config.encoder_cache_tokens,
         config.max_num_batched_tokens,
         config.cuda_graphs,
+        _source_budget(model, config),
     )
     with startup.part("runner"), out_of_memory("making the encoder's rows and the runner's tables", _SMALLER_ROWS):
-        runner = ModelRunner(model.decoder, model.encoder, kv, model.family, model.device, limits, recorder)
+        runner = ModelRunner(model.modules, kv, model.device, limits, recorder)
     _capture_graphs(model, config, runner)
     overlap = config.overlap if config.overlap is not None else model.device.type == "cuda"
     core = EngineCore(_make_scheduler(model, config, count, length), runner, config.seed, overlap)
@@ -228,7 +239,7 @@ def _capture_graphs(model: LoadedModel, config: EngineConfig, runner: ModelRunne
         runner.reserve(model.examples[-1:], _encoder_budget(config))
     with model.startup.part("graphs", "Capturing graphs"), out_of_memory("capturing graphs", _SMALLER_GRAPHS):
         free = torch.cuda.mem_get_info(model.device)[0]
-        runner.capture_graphs([f for f in model.examples if f.key == b"448"])
+        runner.capture_graphs([f for f in model.examples if int(f.key) <= _USUAL_SIDE][-1:])
         taken = free - torch.cuda.mem_get_info(model.device)[0]
     logger.info("graphs take %.0f MiB", taken / 2**20)
 
@@ -241,6 +252,7 @@ def _make_scheduler(model: LoadedModel, config: EngineConfig, num_blocks: int, m
             encoder_budget=_encoder_budget(config),
             max_model_len=max_model_len,
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
+            source_budget=_source_budget(model, config),
         ),
         BlockPool(num_blocks, config.kv_cache_config.block_size),
         EncoderCache(config.encoder_cache_tokens),
@@ -254,11 +266,17 @@ def _encoder_budget(config: EngineConfig) -> int:
     return config.encoder_budget or max(_COST_PER_TOKEN * config.max_num_batched_tokens, _MIN_ENCODER_BUDGET)
 
 
+def _source_budget(model: LoadedModel, config: EngineConfig) -> int:
+    """Rows of sources that one step may compute: they have no more layers to go through than a text encoder's."""
+    return _SOURCE_ROWS_PER_TOKEN * config.max_num_batched_tokens if model.modules.has_cross else 0
+
+
 def _measure(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes to keep free beside weights and KV cache (GPU only)."""
     weights = torch.cuda.memory_allocated(model.device)
-    budget = _encoder_budget(config)
-    step = measure_step(model.decoder, model.encoder, model.processor, config, budget, model.device)
+    sources = model.modules.source_len(model.max_model_len)
+    budgets = Budgets(_encoder_budget(config), _source_budget(model, config), sources, model.max_model_len)
+    step = measure_step(model.modules, model.processor, config, budgets, model.device)
     graphs = GRAPH_BYTES if config.cuda_graphs else 0
     mib = [x / 2**20 for x in (weights, step.decoder, step.encoder, step.kept, graphs)]
     logger.info("MiB: weights %.0f; a full step: decoder %.0f, encoder %.0f, its rows %.0f; graphs %.0f", *mib)

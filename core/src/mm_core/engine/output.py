@@ -253,7 +253,7 @@ class RequestText:
     @property
     def plain(self) -> bool:
         """Whether tokens before the last one need no more than `append`."""
-        return self._at_end and self._params.logprobs is None
+        return self._at_end and self._params.best_logprobs is None
 
     @property
     def num_tokens(self) -> int:
@@ -327,7 +327,7 @@ class RequestText:
         kept = self.num_tokens
         return RequestOutput(
             request_id=self._request.request_id,
-            prompt_token_ids=self._request.token_ids,
+            prompt_token_ids=self._request.user_token_ids,
             outputs=outputs,
             usage=usage if usage.completion_tokens == kept else replace(usage, completion_tokens=kept),
             finished=all(output.finish_reason is not None for output in outputs),
@@ -345,7 +345,7 @@ class RequestText:
 
     def _add_token(self, answer: _Answer, token: int, logprobs: Mapping[int, Logprob] | None) -> None:
         answer.token_ids.append(token)
-        if self._params.logprobs is None:
+        if self._params.best_logprobs is None:
             return
         found = logprobs or {}
         answer.logprobs.append(dict(self._decoded(found)))
@@ -380,7 +380,7 @@ class RequestText:
         text = answer.text
         if answer.finish_reason is None and not self._params.include_stop_str_in_output:
             text = text[: len(text) - answer.matcher.pending]
-        asked = self._params.logprobs is not None
+        asked = self._params.best_logprobs is not None
         return CompletionOutput(
             index=answer.index,
             text=text,

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 from mm_core.config import EngineConfig
 from mm_core.engine.startup import StartupTimes
-from mm_core.hookspecs import BuildContext, Decoder, Encoder
+from mm_core.hookspecs import BuildContext
+from mm_core.runner.fusing import Modules
 from mm_core.runner.memory import KVCache, kv_dtype, out_of_memory
 from mm_core.runner.rehearsal import Rehearsal, Sizes
 from mm_core.runner.runner import ModelRunner, RunnerLimits
@@ -29,21 +30,31 @@ class EngineWarmUp:
     Text first, which needs no tokenizer; then media; at last everything runs with the weights.
     """
 
-    def __init__(
-        self, config: EngineConfig, family: str, decoder: Decoder, encoder: Encoder, context: BuildContext
-    ) -> None:
+    def __init__(self, config: EngineConfig, modules: Modules, context: BuildContext) -> None:
         kv_config, device, length = config.kv_cache_config, context.device, context.max_model_len
         num_blocks = min(config.max_num_seqs, _BLOCKS) + 1
         tokens = config.max_num_batched_tokens
-        sizes = Sizes(config.max_num_seqs, tokens, length, kv_config.block_size, num_blocks, decoder.position_axes)
+        decoder = modules.decoder
+        sizes = Sizes(
+            config.max_num_seqs,
+            tokens,
+            length,
+            kv_config.block_size,
+            num_blocks,
+            decoder.position_axes,
+            modules.source_len(length),
+            modules.reads_text,
+            modules.instruction,
+        )
         self._rehearsal = Rehearsal(sizes)
         self._capacity = config.encoder_cache_tokens
         self._media: Steps = ()
-        self._warm_up = WarmUp(KernelCompiler(device), [encoder, decoder])
+        self._warm_up = WarmUp(KernelCompiler(device), [modules.encoder, decoder, modules.fusion])
         with out_of_memory("warming up", SMALLER_STEP):
             kv = KVCache(decoder.kv_specs, num_blocks, kv_config.block_size, kv_dtype(kv_config, context.dtype), device)
-            limits = RunnerLimits(config.max_num_seqs, length, config.encoder_cache_tokens, tokens, cuda_graphs=False)
-            self._runner = ModelRunner(decoder, encoder, kv, family, device, limits)
+            rows = config.encoder_cache_tokens
+            limits = RunnerLimits(config.max_num_seqs, length, rows, tokens, cuda_graphs=False, min_saved_bytes=0)
+            self._runner = ModelRunner(modules, kv, device, limits)
 
     def begin_text(self, startup: StartupTimes) -> None:
         """Begin to compile what the decoder and sampling need."""

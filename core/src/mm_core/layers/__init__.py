@@ -9,7 +9,7 @@ from mm_core.layers.captured import CapturedPasses
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
-from mm_core.layers.mlp import GatedMLP
+from mm_core.layers.mlp import GatedMLP, project_normed
 from mm_core.layers.norm import LayerNorm, RMSNorm
 from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
@@ -34,5 +34,6 @@ __all__ = [
     "RotaryEmbedding",
     "empty_parameter",
     "pack",
+    "project_normed",
     "rope_inv_freq",
 ]

@@ -14,7 +14,8 @@ class PagedAttention(nn.Module):
     """Writes this step's keys and values into one layer's cache, then attends to all of them.
 
     layer: index into the caches of `table`, the block table's name ("self", "cross"). It has no
-    parameters; causal or not is the table's metadata.
+    parameters; causal or not is the table's metadata. With "cross" a sequence without a source sees no
+    keys and gets zeros.
     """
 
     def __init__(self, layer: int, *, scale: float, table: str = "self") -> None:
@@ -33,9 +34,13 @@ class PagedAttention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """q [T, heads, D]; k and v [tokens written, kv_heads, D], or None where the cache already
-        holds them (cross-attention after its first step); bias is added to the scores; rotation: cos
-        and sin, each [T, D_rot / 2] float32, by which q and k, where k and v are given, are turned
-        first, in place. Returns [T, heads, D]."""
+        holds them (cross-attention, whose source `write_source` wrote); rotation: cos and sin, each
+        [T, D_rot / 2] float32, by which q and k, where k and v are given, are turned first, in place.
+        Returns [T, heads, D].
+
+        bias: [1 or heads, P, K], added to the scores; of causal attention by position, P and K at least
+        `BuildContext.max_model_len`. The same tensor for all steps: it is read by position where a captured
+        step is replayed, and nothing past the keys that exist is read, whatever max_kv_len says."""
         table = context.tables[self.table]
         k_cache, v_cache = context.caches[self.table][self.layer]
         if k is not None and v is not None and table.slot_mapping is not None:

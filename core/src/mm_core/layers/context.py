@@ -17,9 +17,9 @@ class AttentionMetadata:
     block_tables: [S, max_blocks] int32. cu_seqlens_q: [S+1] int32, row bounds of each sequence.
     kv_lens: [S] int32, KV tokens each sequence sees, this step's included. slot_mapping: [T]
     int64, where each token's K and V go (block × block_size + offset; -1: nowhere), None where
-    nothing is written (cross-attention after its first step). num_decodes: the first sequences of
-    the batch, each with exactly one query token. shared: which of them begin with the same blocks
-    (None: nobody looked).
+    nothing is written (cross-attention: `Decoder.write_source` has its own, of the sources' rows).
+    num_decodes: the first sequences of the batch, each with exactly one query token. shared: which of
+    them begin with the same blocks (None: nobody looked).
     """
 
     block_tables: Tensor

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mm_core.kernels.activation import silu_and_mul
-from mm_core.kernels.linear import gated_linear
+from mm_core.kernels.linear import AddNorm, gated_linear, norm_linear
 from mm_core.layers.linear import Linear, MergedLinear
+from mm_core.layers.norm import LayerNorm
+
+
+def project_normed(
+    norm: LayerNorm, projection: Linear, x: Tensor, residual: Tensor, *, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """projection(norm(x + residual)), with the exact GELU behind it where asked for, and the sum x + residual,
+    which may lie in `residual`. For one row a single kernel."""
+    if projection.packed is None:
+        before = AddNorm(residual, norm.weight, norm.bias, norm.eps)
+        return norm_linear(x, before, projection.weight, projection.bias, gelu=gelu)
+    y = projection(norm.add_(x, residual))
+    return F.gelu(y) if gelu else y, residual
 
 
 class GatedMLP(nn.Module):

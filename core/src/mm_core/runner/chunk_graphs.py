@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_core.hookspecs import Decoder
 from mm_core.layers.captured import capture
-from mm_core.layers.context import AttentionMetadata, ForwardContext
+from mm_core.layers.context import AttentionMetadata
 from mm_core.runner.batch import HostBatch, Ints
-from mm_core.runner.graphs import parameter_dtype, resolve_ids
-from mm_core.runner.upload import packed_size, split, upload
+from mm_core.runner.graphs import GraphInputs, parameter_dtype, resolve_ids, upload_tables
+from mm_core.runner.upload import packed_size, split
 
 ALONE = (32, 64, 128, 192, 256, 320, 384, 512, 768, 1024)
 """Tokens of chunks without sequences that decode beside them."""
@@ -51,29 +50,23 @@ class _Size:
         return self.decodes + self.chunks
 
     def shapes(self, axes: int) -> list[tuple[int, ...]]:
-        """Of ids, positions, slots, encoder rows (-1: none); bounds, kv_lens and sampled rows."""
+        """Of ids, positions, slots, encoder rows (-1: none); bounds, kv_lens, lengths of sources and sampled rows."""
         rows, count = self.rows, self.sequences
-        return [(rows,), (axes, rows), (rows,), (rows,), (count + 1,), (count,), (count,)]
+        return [(rows,), (axes, rows), (rows,), (rows,), (count + 1,), (count,), (count,), (count,)]
 
 
 class ChunkGraphs:
-    """Captures and replays steps of up to DECODES[-1] + CHUNKS sequences and BESIDE[-1] tokens of chunks."""
+    """Captures and replays steps of up to DECODES[-1] + CHUNKS sequences and BESIDE[-1] tokens of chunks.
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
-        last_ids: Tensor,
-        slab: Tensor,
-        table_width: int,
-        max_num_batched_tokens: int,
-    ) -> None:
-        device, most = last_ids.device, len(last_ids)
+    slab: the encoder's rows, where prompts take them; without, steps with media in prompts fit no graph.
+    """
+
+    def __init__(self, inputs: GraphInputs, slab: Tensor | None, max_num_batched_tokens: int) -> None:
+        decoder, device, most = inputs.decoder, inputs.last_ids.device, len(inputs.last_ids)
+        self._inputs = inputs
         self._decoder = decoder
-        self._caches = caches
-        self._last_ids = last_ids
         self._slab = slab
-        self._max_kv_len = table_width * next(iter(caches.values()))[0][0].shape[1]
+        self._max_kv_len = inputs.table_width * inputs.block_size
         self._decodes = [0, *sorted({min(count, most) for count in DECODES})]
         self._tokens = {
             count: [n for n in (BESIDE if count else ALONE) if n <= max(max_num_batched_tokens, ALONE[0])]
@@ -84,7 +77,7 @@ class ChunkGraphs:
         largest = _Size(self._decodes[-1], max(BESIDE[-1], ALONE[-1]), self._chunks)
         axes = decoder.position_axes
         self._header = torch.zeros(packed_size(largest.shapes(axes)), dtype=torch.int32, device=device)
-        self._tables = torch.zeros((largest.sequences, table_width), dtype=torch.int32, device=device)
+        self._tables = inputs.tables(largest.sequences)
         dtype = parameter_dtype(decoder)
         self._hidden = torch.empty((largest.sequences, decoder.hidden_size), dtype=dtype, device=device)
 
@@ -102,9 +95,10 @@ class ChunkGraphs:
             self._graphs[size] = capture(run, pool)
 
     def _forward(self, views: Sequence[Tensor], size: _Size) -> None:
-        raw, positions, slots, source, bounds, kv_lens, rows = views
+        raw, positions, slots, source, bounds, kv_lens, cross_lens, rows = views
+        tables = {name: table[: size.sequences] for name, table in self._tables.items()}
         metadata = AttentionMetadata(
-            block_tables=self._tables[: size.sequences],
+            block_tables=tables["self"],
             cu_seqlens_q=bounds,
             kv_lens=kv_lens,
             slot_mapping=slots.long(),
@@ -112,10 +106,11 @@ class ChunkGraphs:
             max_kv_len=self._max_kv_len,
             num_decodes=size.decodes,
         )
-        embeds = self._decoder.embed(resolve_ids(raw, self._last_ids))
-        found = self._slab.index_select(0, source.clamp(min=0)).to(embeds.dtype)
-        embeds = torch.where((source >= 0)[:, None], found, embeds)
-        context = ForwardContext(dict.fromkeys(self._caches, metadata), self._caches, rows.long())
+        embeds = self._decoder.embed(resolve_ids(raw, self._inputs.last_ids))
+        if self._slab is not None:
+            found = self._slab.index_select(0, source.clamp(min=0)).to(embeds.dtype)
+            embeds = torch.where((source >= 0)[:, None], found, embeds)
+        context = self._inputs.context(metadata, tables.get("cross"), cross_lens, rows.long())
         self._hidden[: size.sequences].copy_(self._decoder(embeds, positions, context))
 
     def run(self, batch: HostBatch) -> Tensor | None:
@@ -126,17 +121,19 @@ class ChunkGraphs:
             return None
         header = self._fill(batch, size)
         self._header[: len(header)].copy_(header, non_blocking=True)
-        (tables,) = upload([batch.tables], self._tables.device)
-        count, width = tables.shape
-        decodes = batch.num_decodes
-        self._tables[:decodes, :width].copy_(tables[:decodes])
-        self._tables[size.decodes : size.decodes + count - decodes, :width].copy_(tables[decodes:])
+        count, decodes = len(batch.kv_lens), batch.num_decodes
+        for name, table in upload_tables(batch, self._header.device).items():
+            into, width = self._tables[name], table.shape[1]
+            into[:decodes, :width].copy_(table[:decodes])
+            into[size.decodes : size.decodes + count - decodes, :width].copy_(table[decodes:])
         graph.replay()
         sampled = count if batch.sample_rows is None else len(batch.sample_rows)
         return self._hidden[:sampled]
 
     def _fit(self, batch: HostBatch) -> _Size | None:
         decodes, count = batch.num_decodes, len(batch.kv_lens)
+        if not self._inputs.fits(batch) or (self._slab is None and len(batch.media_rows)):
+            return None
         at = bisect.bisect_left(self._decodes, decodes)
         if at == len(self._decodes) or count - decodes > self._chunks:
             return None
@@ -148,11 +145,14 @@ class ChunkGraphs:
         """The header of a batch: its decodes first, then spare rows, then its chunks, then spare rows."""
         shapes = size.shapes(self._decoder.position_axes)
         header = torch.empty(packed_size(shapes), dtype=torch.int32, pin_memory=self._header.is_cuda)
-        ids, positions, slots, source, bounds, kv_lens, rows = (view.numpy() for view in split(header, shapes))
+        views = (view.numpy() for view in split(header, shapes))
+        ids, positions, slots, source, bounds, kv_lens, cross_lens, rows = views
         decodes, shift = batch.num_decodes, size.decodes - batch.num_decodes
         _spread(ids, batch.token_ids, decodes, shift, 0)
         _spread(slots, batch.slots, decodes, shift, -1)
         _spread(kv_lens, batch.kv_lens, decodes, shift, 0)
+        if batch.cross is not None:
+            _spread(cross_lens, batch.cross.kv_lens, decodes, shift, 0)
         for axis, values in zip(positions, batch.positions, strict=True):
             _spread(axis, values, decodes, shift, 0)
         source.fill(-1)

@@ -15,6 +15,7 @@ from mm_core.kernels.penalties import penalise_
 from mm_core.kernels.sample import Filters
 from mm_core.runner.columns import Column, Columns
 from mm_core.runner.history import TokenHistory
+from mm_core.runner.processors import Processing
 
 if TYPE_CHECKING:
     from mm_core.config import SamplingParams
@@ -38,29 +39,44 @@ class DrawPart:
     """Rows of a launch that the argmax of their logits, with or without noise, is not enough for.
 
     index: where they stand in the launch, on the device. Either all of them have their
-    logits edited, or none. Made once for as long as the batch stays the same, used at every step.
+    logits edited, or none. processing: what their logits processors do, if they have any.
+    Made once for as long as the batch stays the same, used at every step.
     """
 
     def __init__(
-        self, rows: list[int], launch: Sequence[SamplingRow], vocab: int, history: TokenHistory, columns: Columns
+        self,
+        rows: list[int],
+        launch: Sequence[SamplingRow],
+        vocab: int,
+        history: TokenHistory,
+        columns: Columns,
+        processing: Processing | None = None,
     ) -> None:
         mine = [launch[i] for i in rows]
         self.index = columns.ints(rows)
         self.random = any(not row.params.greedy for row in mine)
-        self._operations = [*_edits(mine, vocab, columns), *_penalties(mine, history, columns)]
+        self.processing = processing
+        self._before = _biases(mine, vocab, columns)
+        self._after = [*_masks(mine, vocab, columns), *_penalties(mine, history, columns)]
         self._filters = _FilterColumns([row.params for row in mine], vocab, columns)
 
     @property
     def edited(self) -> bool:
         """Whether the logits are not used as they are."""
-        return bool(self._operations)
+        return bool(self._before or self._after) or self.processing is not None
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """The logits [R, V] of the launch if they are not edited, else float32 [n, V] of these rows."""
-        if not self._operations:
+    def scores(self, logits: Tensor, launch: Sequence[SamplingRow] = ()) -> Tensor:
+        """The logits [R, V] of the launch if they are not edited, else float32 [n, V] of these rows. launch: the
+        rows as they are in this step; only processors read them."""
+        if not self.edited:
             return logits
-        scores = logits[self.index.tensor].to(torch.float32)
-        for operation in self._operations:
+        own = logits if len(self.index) == len(logits) else logits[self.index.tensor]
+        scores = own.to(torch.float32, copy=own is logits)
+        for operation in self._before:
+            operation.apply(scores)
+        if self.processing is not None:
+            self.processing.apply(scores, launch)
+        for operation in self._after:
             operation.apply(scores)
         return scores
 
@@ -101,7 +117,7 @@ def _limits(params: SamplingParams, vocab: int) -> bool:
 
 
 def edits(row: SamplingRow) -> bool:
-    """Whether a row's logits are changed before its temperature."""
+    """Whether a row's logits are changed before its temperature, by something else than a processor."""
     return bool(row.params.logit_bias) or row.masks_stops or row.params.penalised
 
 
@@ -116,18 +132,22 @@ def temperature(params: SamplingParams) -> float:
     return 0.0 if params.greedy else max(params.temperature, MIN_TEMPERATURE)
 
 
-def _edits(rows: Sequence[SamplingRow], vocab: int, columns: Columns) -> list[_Operation]:
-    """Logit bias, then the mask of stop tokens."""
-    found = []
+def _biases(rows: Sequence[SamplingRow], vocab: int, columns: Columns) -> list[_Operation]:
+    """Logit bias."""
     biased = [
         (i, token, bias)
         for i, row in enumerate(rows)
         for token, bias in row.params.logit_bias.items()
         if 0 <= token < vocab
     ]
-    if biased:
-        at, tokens, biases = zip(*biased, strict=True)
-        found.append(_Operation(_add_bias, (columns.ints(at), columns.ints(tokens), columns.floats(biases))))
+    if not biased:
+        return []
+    at, tokens, biases = zip(*biased, strict=True)
+    return [_Operation(_add_bias, (columns.ints(at), columns.ints(tokens), columns.floats(biases)))]
+
+
+def _masks(rows: Sequence[SamplingRow], vocab: int, columns: Columns) -> list[_Operation]:
+    """The mask of stop tokens."""
     masked = [
         (i, token)
         for i, row in enumerate(rows)
@@ -135,10 +155,10 @@ def _edits(rows: Sequence[SamplingRow], vocab: int, columns: Columns) -> list[_O
         for token in row.stop_token_ids
         if 0 <= token < vocab
     ]
-    if masked:
-        at, tokens = zip(*masked, strict=True)
-        found.append(_Operation(_mask, (columns.ints(at), columns.ints(tokens))))
-    return found
+    if not masked:
+        return []
+    at, tokens = zip(*masked, strict=True)
+    return [_Operation(_mask, (columns.ints(at), columns.ints(tokens)))]
 
 
 def _penalties(rows: Sequence[SamplingRow], history: TokenHistory, columns: Columns) -> list[_Operation]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mm_core.hookspecs import Decoder
 from mm_core.kernels.shared_prefixes import SharedPrefixes
 from mm_core.layers.captured import capture
 from mm_core.layers.context import AttentionMetadata, ForwardContext
-from mm_core.runner.batch import HostBatch
+from mm_core.runner.batch import HostBatch, table_width
 from mm_core.runner.upload import packed_size, split, upload
 
 _SHARED = (8, 16, 32, 64, 128, 192)  # sizes that are captured for shared prefixes as well, beside the largest
@@ -43,34 +44,78 @@ def parameter_dtype(decoder: Decoder) -> torch.dtype:
     return dtype
 
 
+@dataclass(frozen=True)
+class GraphInputs:
+    """What graphs are captured over. caches: as a ForwardContext's. last_ids: [slots], the newest sampled ids.
+    table_width: blocks of the longest sequence. source_len: keys of the longest source that fits a graph."""
+
+    decoder: Decoder
+    caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    last_ids: Tensor
+    table_width: int
+    max_model_len: int
+    source_len: int = 0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return next(iter(self.caches.values()))[0][0].shape[1]
+
+    def tables(self, sequences: int) -> dict[str, Tensor]:
+        """Empty block tables by name."""
+        widths = {"self": self.table_width, "cross": table_width(self.source_len, self.block_size)}
+        make = functools.partial(torch.zeros, dtype=torch.int32, device=self.last_ids.device)
+        return {name: make((sequences, widths[name])) for name in self.caches}
+
+    def fits(self, batch: HostBatch) -> bool:
+        """Whether the batch's sources are short enough."""
+        return batch.cross is None or batch.cross.max_kv_len <= self.source_len
+
+    def context(
+        self, metadata: AttentionMetadata, cross_tables: Tensor | None, cross_lens: Tensor, rows: Tensor | None = None
+    ) -> ForwardContext:
+        """Of a captured pass: cross-attention's metadata follow from those of the "self" table."""
+        tables = {"self": metadata}
+        if cross_tables is not None:
+            tables["cross"] = replace(
+                metadata,
+                block_tables=cross_tables,
+                kv_lens=cross_lens,
+                slot_mapping=None,
+                max_kv_len=self.source_len,
+                causal=False,
+                shared=None,
+            )
+        return ForwardContext(tables, self.caches, rows)
+
+
+def upload_tables(batch: HostBatch, device: torch.device) -> dict[str, Tensor]:
+    """A batch's block tables by name."""
+    arrays = {"self": batch.tables} | ({} if batch.cross is None else {"cross": batch.cross.tables})
+    return dict(zip(arrays, upload(list(arrays.values()), device), strict=True))
+
+
 class DecodeGraphs:
     """Captures and replays decode steps of one model."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
-        last_ids: Tensor,
-        table_width: int,
-        max_model_len: int,
-    ) -> None:
-        device = last_ids.device
-        size = len(last_ids)
+    def __init__(self, inputs: GraphInputs) -> None:
+        decoder, device = inputs.decoder, inputs.last_ids.device
+        size = len(inputs.last_ids)
+        self._inputs = inputs
         self._decoder = decoder
-        self._caches = caches
-        self._last_ids = last_ids
-        self._max_model_len = max_model_len
         self._sizes = ladder(size)
         self._shared_sizes = sorted({n for n in _SHARED if n < size} | {size})
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._header = torch.zeros(packed_size(self._shapes(size)), dtype=torch.int32, device=device)
-        self._tables = torch.zeros((size, table_width), dtype=torch.int32, device=device)
+        self._tables = inputs.tables(size)
         self._bounds = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._hidden = torch.empty((size, decoder.hidden_size), dtype=parameter_dtype(decoder), device=device)
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
-        """Of the inputs in the header: ids, positions, kv_lens, slots; members, bounds and lens of groups."""
-        return [(size,), (self._decoder.position_axes, size), (size,), (size,), (size,), (size + 1,), (size,)]
+        """Of the inputs in the header: ids, positions, kv_lens, slots, lengths of sources; members, bounds and
+        lens of groups."""
+        axes = self._decoder.position_axes
+        return [(size,), (axes, size), (size,), (size,), (size,), (size,), (size + 1,), (size,)]
 
     def capture(self, pool: Any) -> None:
         """Capture all sizes, the largest first, so that the smaller ones fit its memory."""
@@ -89,19 +134,20 @@ class DecodeGraphs:
         views[3].fill_(-1)  # no slot: nothing is written
 
     def _forward(self, views: Sequence[Tensor], size: int, shared: bool) -> None:
-        raw, positions, kv_lens, slots, members, bounds, lens = views
+        raw, positions, kv_lens, slots, cross_lens, members, bounds, lens = views
+        tables = {name: table[:size] for name, table in self._tables.items()}
         metadata = AttentionMetadata(
-            block_tables=self._tables[:size],
+            block_tables=tables["self"],
             cu_seqlens_q=self._bounds[: size + 1],
             kv_lens=kv_lens,
             slot_mapping=slots.long(),
             max_q_len=1,
-            max_kv_len=self._max_model_len,
+            max_kv_len=self._inputs.max_model_len,
             num_decodes=size,
             shared=SharedPrefixes(members, bounds, lens) if shared else None,
         )
-        embeds = self._decoder.embed(resolve_ids(raw, self._last_ids))
-        context = ForwardContext(dict.fromkeys(self._caches, metadata), self._caches)
+        embeds = self._decoder.embed(resolve_ids(raw, self._inputs.last_ids))
+        context = self._inputs.context(metadata, tables.get("cross"), cross_lens)
         self._hidden[:size].copy_(self._decoder(embeds, positions, context))
 
     def run(self, batch: HostBatch) -> Tensor | None:
@@ -109,7 +155,7 @@ class DecodeGraphs:
         count = len(batch.kv_lens)
         sizes = self._sizes if batch.shared is None else self._shared_sizes
         at = bisect.bisect_left(sizes, count)
-        if not batch.only_decodes or at == len(sizes):
+        if not batch.only_decodes or at == len(sizes) or not self._inputs.fits(batch):
             return None
         size = sizes[at]
         found = self._graphs.get((size, batch.shared is not None))
@@ -117,8 +163,8 @@ class DecodeGraphs:
             return None
         header = self._fill(batch, size)
         self._header[: len(header)].copy_(header, non_blocking=True)
-        (tables,) = upload([batch.tables], self._tables.device)
-        self._tables[:count, : tables.shape[1]].copy_(tables)
+        for name, table in upload_tables(batch, self._header.device).items():
+            self._tables[name][:count, : table.shape[1]].copy_(table)
         found.replay()
         return self._hidden[:count]
 
@@ -126,10 +172,13 @@ class DecodeGraphs:
         """The header of a batch, spare rows without keys and slots."""
         shapes = self._shapes(size)
         header = torch.empty(packed_size(shapes), dtype=torch.int32, pin_memory=self._header.is_cuda)
-        ids, positions, kv_lens, slots, members, bounds, lens = (view.numpy() for view in split(header, shapes))
+        views = (view.numpy() for view in split(header, shapes))
+        ids, positions, kv_lens, slots, cross_lens, members, bounds, lens = views
         count = len(batch.kv_lens)
         positions[:, :count], positions[:, count:] = batch.positions, 0
         given = [(ids, batch.token_ids, 0), (kv_lens, batch.kv_lens, 0), (slots, batch.slots, -1)]
+        if batch.cross is not None:
+            given.append((cross_lens, batch.cross.kv_lens, 0))
         plan = batch.shared
         if plan is not None:
             given += [(members, plan.members, 0), (bounds, plan.bounds, plan.bounds[-1]), (lens, plan.lens, 0)]

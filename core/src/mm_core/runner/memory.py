@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mm_core.config import KvCacheConfig
-from mm_core.errors import OutOfMemoryError
+from mm_core.errors import OutOfMemoryError, PluginError
 from mm_core.hookspecs import KVCacheSpec
 
 GRAPH_BYTES = 512 * 2**20
@@ -27,13 +27,26 @@ def kv_dtype(config: KvCacheConfig, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(specs: Sequence[KVCacheSpec], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes one block takes over all layers of all tables: K and V."""
-    values = sum(2 * s.layers * block_size * s.kv_heads * s.head_dim for s in specs)
-    return values * dtype.itemsize
+    """Bytes one block takes over all layers, K and V, whichever table it is in."""
+    spec = common_spec(specs)
+    return 2 * spec.layers * block_size * spec.kv_heads * spec.head_dim * dtype.itemsize
+
+
+def common_spec(specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
+    """The shape that all tables have: their blocks come from one pool. Raises PluginError where they differ."""
+    shapes = {(spec.layers, spec.kv_heads, spec.head_dim) for spec in specs}
+    if len(shapes) != 1:
+        described = ", ".join(f"{s.name!r} {s.layers} × {s.kv_heads} × {s.head_dim}" for s in specs) or "none"
+        raise PluginError(
+            f"The decoder's kv_specs (layers × heads × head size) are {described}: one pool of blocks serves all "
+            "tables, which must have one shape. Report it to the plugin's author."
+        )
+    return specs[0]
 
 
 class KVCache:
-    """The tensors of every block: for each table, [layers, 2, num_blocks, block_size, heads, head_dim].
+    """The tensors of every block, [layers, 2, num_blocks, block_size, heads, head_dim]: `caches` has the same
+    ones for each table's name, and a block belongs to one table at a time.
 
     They start as zeros: torch attention over gathered blocks multiplies masked rows by 0, and
     0 × garbage may be NaN.
@@ -50,11 +63,11 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.bytes = num_blocks * block_bytes(specs, block_size, dtype)
-        self.caches: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for spec in specs:
-            shape = (spec.layers, 2, num_blocks, block_size, spec.kv_heads, spec.head_dim)
-            store = _zeros(shape, dtype, device)
-            self.caches[spec.name] = [(layer[0], layer[1]) for layer in store]
+        spec = common_spec(specs)
+        self.token_bytes = 2 * spec.kv_heads * spec.head_dim * dtype.itemsize  # in one layer
+        store = _zeros((spec.layers, 2, num_blocks, block_size, spec.kv_heads, spec.head_dim), dtype, device)
+        layers = [(layer[0], layer[1]) for layer in store]
+        self.caches: dict[str, list[tuple[Tensor, Tensor]]] = {spec.name: layers for spec in specs}
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from mm_core.runner.chunk_graphs import ALONE, BESIDE, DECODES
 from mm_core.runner.graphs import ladder
 from mm_core.scheduler.sequence import EncodeItem, ScheduledBatch, ScheduledSequence
 from mm_core.scheduler.sequence import Sequence as SequenceState
-from mm_core.types import MediaFeature, MediaItem, PlaceholderRange, PreparedRequest
+from mm_core.types import MediaFeature, MediaItem, PlaceholderRange, PreparedRequest, Source
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +27,53 @@ _SAMPLED = (
     SamplingParams(top_k=20, top_p=0.9, min_p=0.05, seed=2),
     SamplingParams(temperature=0.0, repetition_penalty=1.1, presence_penalty=0.5, logprobs=2),
 )
+_SOUND_S = 30
+_PROMPT = 4  # tokens of a decoder's prompt where media are read by cross-attention
+_TEXTS = ((5,), (17,), (300,), (40, 64, 100))  # tokens of sources that are text, run together
 _SHARED_TOKENS = 256  # as many as a picture of middling size takes
 
 
 def noise_feature(processor: Processor, side: int) -> MediaFeature | None:
-    """A picture of side × side pixels of noise, prepared; None where the family reads none, or none such."""
-    if "image" not in processor.modalities:
+    """A picture of side × side pixels of noise, prepared, or half a minute of noise where the family reads no
+    pictures; None where it reads neither, or none such."""
+    item = _noise(processor, side)
+    if item is None:
         return None
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    item = MediaItem("image", b"noise", Image.fromarray(noise), {"width": side, "height": side})
     try:
-        feature = processor.prepare(item, processor.variant(item, MediaRequest({"image": 1})))
+        feature = processor.prepare(item, processor.variant(item, MediaRequest({item.modality: 1})))
     except Exception as error:  # the plugin's; no reason not to start
-        logger.debug("a picture of %d pixels could not be prepared", side, exc_info=error)
+        logger.debug("%s noise (%d) could not be prepared", item.modality, side, exc_info=error)
         return None
     return replace(feature, key=b"%d" % side)
 
 
+def noise_features(processor: Processor, sides: Sequence[int]) -> tuple[MediaFeature, ...]:
+    """Noise of several sizes, those that give different shapes: a family may have one size for all."""
+    found: dict[object, MediaFeature] = {}
+    for feature in (noise_feature(processor, side) for side in sides):
+        if feature is not None:
+            shapes = tuple((name, tuple(t.shape)) for name, t in sorted(feature.tensors.items()))
+            found.setdefault((feature.num_tokens, shapes), feature)
+    return tuple(found.values())
+
+
+def _noise(processor: Processor, side: int) -> MediaItem | None:
+    dice = np.random.default_rng(0)
+    if "image" in processor.modalities:
+        pixels = dice.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        return MediaItem("image", b"noise", Image.fromarray(pixels), {"width": side, "height": side})
+    rate = getattr(processor, "sampling_rate", None)
+    if "audio" in processor.modalities and rate:
+        samples = dice.uniform(-0.5, 0.5, _SOUND_S * rate).astype(np.float32)
+        return MediaItem("audio", b"noise", samples, {"sample_rate": rate, "samples": len(samples)})
+    return None
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """The engine's limits, and the blocks of the KV cache that the steps may touch (two or more)."""
+    """The engine's limits, and the blocks of the KV cache that the steps may touch (two or more). source_len:
+    keys of the longest source, 0 without cross-attention; reads_text: whether a text encoder makes sources;
+    instruction: what `Fusion.condition` reads of a request."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -54,6 +81,9 @@ class Sizes:
     block_size: int
     num_blocks: int
     position_axes: int
+    source_len: int = 0
+    reads_text: bool = False
+    instruction: tuple[int, ...] = ()
 
     @property
     def longest_chunk(self) -> int:
@@ -91,19 +121,45 @@ class Rehearsal:
             if count + size <= sizes.max_num_batched_tokens and size <= longest:
                 yield self._batch([short] * count, [(0, size)])
         yield self._batch([short] * min(8, most), [], _SAMPLED)
+        for lengths in _TEXTS if sizes.reads_text else ():
+            if sum(lengths) <= sizes.source_len:
+                yield self._with_sources([self._source((), (0,) * length) for length in lengths])
 
     def media_steps(self, feature: MediaFeature, counts: Sequence[int], capacity: int) -> Iterator[ScheduledBatch]:
         """Items encoded together, so many at a time; the first one is put into a prompt. capacity: rows of
         the encoder's slab."""
-        length = feature.num_tokens + 2
         for number, count in enumerate(n for n in counts if n * feature.num_tokens <= capacity):
             keys = [b"%b/%d/%d" % (feature.key, number, i) for i in range(count)]
             items = tuple(EncodeItem(key, replace(feature, key=key)) for key in keys)
-            batch = ScheduledBatch(-1, ())
-            if number == 0 and length <= self._sizes.longest_chunk:
-                place = PlaceholderRange(1, feature.num_tokens, (True,) * feature.num_tokens, items[0].feature)
-                batch = self._batch([], [(0, length)], ranges=(place,))
+            if self._sizes.source_len:
+                batch = self._with_sources([self._media_source(item.feature) for item in items])
+            else:
+                batch = self._prompt_with(items[0].feature) if number == 0 else ScheduledBatch(-1, ())
             yield replace(batch, encode=items)
+
+    def _prompt_with(self, feature: MediaFeature) -> ScheduledBatch:
+        """A step of a prompt that holds the item, where one fits."""
+        length = feature.num_placed + 2
+        if length > self._sizes.longest_chunk:
+            return ScheduledBatch(-1, ())
+        place = PlaceholderRange(1, feature.num_placed, (True,) * feature.num_placed, feature)
+        return self._batch([], [(0, length)], ranges=(place,))
+
+    def _media_source(self, feature: MediaFeature) -> Source:
+        count = feature.num_placed
+        if not self._sizes.reads_text:
+            return self._source((PlaceholderRange(0, 0, (), feature),), (), count)
+        return self._source((PlaceholderRange(1, count, (True,) * count, feature),), (0,) * (count + 2))
+
+    def _source(self, ranges: tuple[PlaceholderRange, ...], ids: tuple[int, ...], rows: int = 0) -> Source:
+        return Source(b"warm-up %d" % next(self._ids), rows or len(ids), ids, ranges)
+
+    def _with_sources(self, sources: Sequence[Source]) -> ScheduledBatch:
+        """A step that computes sources, and one short prompt for each."""
+        sources = sources[: min(self._sizes.max_num_seqs, self._sizes.max_num_batched_tokens)]
+        length = min(_PROMPT, self._sizes.longest_chunk // len(sources))
+        batch = self._batch([], [(0, max(length, 1))] * len(sources), sources=sources)
+        return replace(batch, sources=tuple(s.seq for s in batch.sequences))
 
     def _batch(
         self,
@@ -112,20 +168,37 @@ class Rehearsal:
         params: Sequence[SamplingParams] = (_GREEDY,),
         ranges: tuple[PlaceholderRange, ...] = (),
         shared: bool = False,
+        sources: Sequence[Source] = (),
     ) -> ScheduledBatch:
         """decodes: KV lengths of sequences with one token each; chunks: (start, length) of the others.
-        shared: the sequences begin with the same blocks."""
+        shared: the sequences begin with the same blocks. sources: of the sequences, where not any will do."""
         parts = [*((kv_len - 1, 1) for kv_len in decodes), *chunks]
         scheduled = []
         for slot, (start, length) in enumerate(parts):
             end = start + length
             positions = np.tile(np.arange(end, dtype=np.int32), (self._sizes.position_axes, 1)) if ranges else None
-            request = PreparedRequest("warm-up", (0,) * end, params[slot % len(params)], ranges, positions)
+            source = sources[slot] if sources else self._any_source()
+            request = PreparedRequest(
+                "warm-up",
+                (0,) * end,
+                params[slot % len(params)],
+                ranges,
+                positions,
+                source=source,
+                instruction=self._sizes.instruction,
+            )
             seq = SequenceState(next(self._ids), request)
             seq.slot = slot
             seq.tables = {"self": self._table(slot, -(-end // self._sizes.block_size), shared)}
+            if source is not None:
+                seq.tables["cross"] = self._table(slot, -(-source.num_tokens // self._sizes.block_size), False)
             scheduled.append(ScheduledSequence(seq, start, length, True, seq.tables))
         return ScheduledBatch(-1, tuple(scheduled))
+
+    def _any_source(self) -> Source | None:
+        """What a sequence reads whose source was computed before."""
+        count = self._sizes.source_len
+        return Source(b"warm-up", count) if count else None
 
     def _table(self, slot: int, count: int, shared: bool) -> list[int]:
         """Blocks of a sequence; with `shared`, its first ones are everybody's."""

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from mm_core.config import EngineConfig
 from mm_core.errors import ConfigError, MMError, OutOfMemoryError
-from mm_core.hookspecs import Decoder, Encoder
-from mm_core.kernels.paged_attention import plan_cpu
-from mm_core.kernels.shared_prefixes import SharedPrefixes
+from mm_core.kernels.paged_attention import CpuPlan, plan_cpu
+from mm_core.kernels.shared_prefixes import MIN_SAVED_BYTES, SharedPrefixes
 from mm_core.layers.context import AttentionMetadata, ForwardContext
-from mm_core.runner.batch import BatchBuilder, HostBatch
+from mm_core.runner.batch import BatchBuilder, CrossTables, HostBatch, table_width
 from mm_core.runner.chunk_graphs import ChunkGraphs
 from mm_core.runner.encoders import EncoderRows
-from mm_core.runner.graphs import DecodeGraphs, resolve_ids
+from mm_core.runner.fusing import Conditioner, Modules, made_up_items
+from mm_core.runner.graphs import DecodeGraphs, GraphInputs, resolve_ids
 from mm_core.runner.memory import KVCache, is_out_of_memory
 from mm_core.runner.sampler import PendingSample, Sampler, SamplingRow
+from mm_core.runner.sources import SourceWriter, made_up_sources
 from mm_core.runner.spans import DeviceSpans
 from mm_core.runner.step import LaunchedStep
 from mm_core.runner.upload import reserve_pinned, upload
@@ -35,13 +36,17 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15  # spreads the seeds of a request's n answers 
 
 @dataclass(frozen=True)
 class RunnerLimits:
-    """Sizes of what the runner allocates once. cuda_graphs: whether decode steps may be captured."""
+    """Sizes of what the runner allocates once. cuda_graphs: whether decode steps may be captured. source_budget:
+    rows of the sources that a step may compute. min_saved_bytes: of keys and values a layer, for shared prefixes
+    to be read apart."""
 
     max_num_seqs: int
     max_model_len: int
     encoder_cache_tokens: int
     max_num_batched_tokens: int
     cuda_graphs: bool = True
+    source_budget: int = 0
+    min_saved_bytes: int = MIN_SAVED_BYTES
 
 
 class ModelRunner:
@@ -53,25 +58,34 @@ class ModelRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
-        encoder: Encoder,
+        modules: Modules,
         kv: KVCache,
-        family: str,
         device: torch.device,
         limits: RunnerLimits,
         recorder: SpanRecorder | None = None,
     ) -> None:
         self.device = device
         self.kv = kv
-        self._decoder = decoder
+        self._modules = modules
+        self._decoder = modules.decoder
         self._limits = limits
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
         self._spans = DeviceSpans(recorder, device)
-        self.rows = EncoderRows(encoder, family, limits.encoder_cache_tokens, device, self._spans)
-        axes = decoder.position_axes
-        self._builder = BatchBuilder(limits.max_num_seqs, limits.max_model_len, kv.block_size, axes)
-        self._sampler = Sampler(limits.max_num_seqs, decoder.vocab_size, device)
+        capacity = limits.encoder_cache_tokens
+        self.rows = EncoderRows(modules.encoder, modules.family, capacity, device, self._spans)
+        self._conditioner = Conditioner(modules, self.rows.slab) if modules.conditions else None
+        self.sources = SourceWriter(modules, self.rows, self._conditioner, kv, self._spans)
+        self._builder = BatchBuilder(
+            limits.max_num_seqs,
+            limits.max_model_len,
+            kv.block_size,
+            self._decoder.position_axes,
+            cross=modules.has_cross,
+            conditioned=modules.conditions,
+            min_saved=max(limits.min_saved_bytes // kv.token_bytes, 1),
+        )
+        self._sampler = Sampler(limits.max_num_seqs, self._decoder.vocab_size, device)
         self._graphs: tuple[DecodeGraphs | ChunkGraphs, ...] = ()
 
     @torch.inference_mode()
@@ -81,17 +95,26 @@ class ModelRunner:
         if self._stream is None or not self._limits.cuda_graphs:
             return
         torch.cuda.synchronize(self.device)
-        last_ids, limits = self._sampler.last_ids, self._limits
         with self._on_stream():
             pool = torch.cuda.graph_pool_handle()
-            tables = (self._decoder, self.kv.caches, last_ids)
-            graphs = DecodeGraphs(*tables, self._builder.width, limits.max_model_len)
-            chunks = ChunkGraphs(*tables, self.rows.slab, self._builder.width, limits.max_num_batched_tokens)
+            inputs = self._graph_inputs(max((f.num_placed for f in examples), default=0))
+            graphs = DecodeGraphs(inputs)
+            chunks = ChunkGraphs(inputs, self._slab_for_prompts(), self._limits.max_num_batched_tokens)
             graphs.capture(pool)
             chunks.capture(pool)
         torch.cuda.synchronize(self.device)
         self._graphs = (graphs, chunks)
         self.rows.rehearse(examples)
+
+    def _graph_inputs(self, longest_item: int) -> GraphInputs:
+        length = self._limits.max_model_len
+        sources = self._modules.source_len(length, longest_item)
+        tables = (self._builder.width, length, sources)
+        return GraphInputs(self._decoder, self.kv.caches, self._sampler.last_ids, *tables)
+
+    def _slab_for_prompts(self) -> Tensor | None:
+        """The encoder's rows, if they are put into prompts as they are."""
+        return None if self._modules.conditions or self._modules.has_cross else self.rows.slab
 
     @torch.inference_mode()
     def reserve(self, examples: Sequence[MediaFeature], encoder_budget: int) -> None:
@@ -103,8 +126,16 @@ class ModelRunner:
         if self._stream is None:
             return
         with self._on_stream():
-            host = largest_batch(self._limits, self.kv.block_size, self._decoder.position_axes, self._builder.width)
+            sources = self._modules.source_len(self._limits.max_model_len)
+            host = largest_batch(self._limits, self.kv.block_size, self._decoder.position_axes, sources)
             self._decoder.logits(self._forward(host))
+            if sources and self._limits.source_budget:
+                budget = self._limits.source_budget
+                self.sources.run(made_up_sources(budget, min(sources, budget), self._modules.reads_text))
+            if self._conditioner is not None:
+                sizes = self._limits.max_num_batched_tokens, self._limits.encoder_cache_tokens
+                for feature in examples:
+                    self._conditioner.run(made_up_items(feature, self._modules.instruction, *sizes))
         self.rows.reserve(examples, encoder_budget)
         reserve_pinned()
         torch.cuda.synchronize(self.device)
@@ -117,7 +148,7 @@ class ModelRunner:
         self._graphs = ()
         self.kv.caches.clear()
         self.rows.release()
-        del self._decoder, self._sampler
+        del self._decoder, self._modules, self._conditioner, self.sources, self._sampler
         if self.device.type == "cuda":
             gc.collect()  # modules refer to each other in circles
             torch.cuda.empty_cache()
@@ -154,7 +185,8 @@ class ModelRunner:
         self.rows.drop(batch.evicted_media)
         keys = _media_keys(batch)
         failed_media = self.rows.encode([item for item in batch.encode if item.key in keys])
-        pending, failed = None, {}
+        pending: PendingSample | None = None
+        failed: dict[int, MMError] = {}
         chosen = [s for s in batch.sequences if s.samples]
         done: torch.cuda.Event | None = None
         if batch.sequences:
@@ -163,7 +195,8 @@ class ModelRunner:
                 self._sampler.release(slot)
             self._sampler.keep([s.seq.slot for s in batch.sequences])
             self.rows.wait_for(keys)
-            pending, failed = self._run(host, chosen), dict(host.failed)
+            placed, failed = self._prepare(batch, host)
+            pending = self._run(host, placed, chosen)
             if self._stream is not None and pending is None:
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record(self._stream)
@@ -171,13 +204,29 @@ class ModelRunner:
         failed_media |= self._encode_ahead([item for item in batch.encode if item.key not in keys])
 
         def wait() -> StepResult:
-            sampled = {} if pending is None else _by_sequence(pending, chosen)
+            sampled, faults = ({}, {}) if pending is None else _by_sequence(pending, chosen)
             if done is not None:
                 done.synchronize()
             self._spans.resolve()
-            return StepResult(sampled, failed, frozenset(failed_media))
+            return StepResult(sampled, failed | faults, frozenset(failed_media))
 
-        return LaunchedStep(wait, bool(failed or failed_media))
+        return LaunchedStep(wait, bool(failed or failed_media or (pending is not None and pending.failed)))
+
+    def _prepare(self, batch: ScheduledBatch, host: HostBatch) -> tuple[Tensor | None, dict[int, MMError]]:
+        """What precedes the forward pass: sources, and the rows that `condition` makes of the batch's items. The
+        latter, and the sequences that failed."""
+        failed = dict(host.failed)
+        if batch.sources:
+            errors = self.sources.write(batch.sources)
+            for s in batch.sequences if errors else ():
+                source = s.seq.request.source
+                if source is not None and source.key in errors:
+                    failed[s.seq.seq_id] = errors[source.key]
+        if self._conditioner is None or not host.items:
+            return None, failed
+        with self._spans.span("decoder", "condition", items=len(host.items)):
+            placed, faults = self._conditioner.run(host.items)
+        return placed, failed | faults
 
     def _encode_ahead(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
         """Items for later steps. Where memory does not suffice the batch goes on, and they are encoded
@@ -191,37 +240,41 @@ class ModelRunner:
             fault.__cause__ = error
             return {item.key: fault for item in items if item.key not in self.rows}
 
-    def _run(self, host: HostBatch, chosen: Sequence[ScheduledSequence]) -> PendingSample | None:
+    def _run(self, host: HostBatch, placed: Tensor | None, chosen: Sequence[ScheduledSequence]) -> PendingSample | None:
         name = "decode" if host.only_decodes else "mixed" if host.num_decodes else "prefill"
         sizes = {"tokens": len(host.token_ids), "sequences": len(host.kv_lens), "kv_tokens": int(host.kv_lens.sum())}
+        if host.cross is not None:
+            sizes["source_tokens"] = int(host.cross.kv_lens.sum())
         with self._spans.span("decoder", name, **sizes):
             hidden = next((h for graphs in self._graphs if (h := graphs.run(host)) is not None), None)
             if hidden is None:
-                hidden = self._forward(host)
+                hidden = self._forward(host, placed)
             if not chosen:
                 return None
             sampler = self._sampler
             return sampler.launch(self._decoder.logits(hidden), [_sampling_row(s, sampler) for s in chosen])
 
-    def _forward(self, host: HostBatch) -> Tensor:
-        """Hidden states of the sampled rows (of all where none is)."""
+    def _forward(self, host: HostBatch, placed: Tensor | None = None) -> Tensor:
+        """Hidden states of the sampled rows (of all where none is). placed: what the batch's items became, where
+        it is not the encoder's rows."""
+        cross = host.cross or _NO_CROSS
         arrays = [host.token_ids, host.positions, host.bounds, host.kv_lens, host.slots, host.tables]
-        arrays += [host.media_rows, host.media_from]
+        arrays += [host.media_rows, host.media_from, cross.tables, cross.kv_lens]
         if host.sample_rows is not None:
             arrays.append(host.sample_rows)
         if host.shared is not None and self.device.type == "cuda":
             arrays += [host.shared.members, host.shared.bounds, host.shared.lens]
         given = iter(upload(arrays, self.device))
         raw, positions, bounds, kv_lens, slots, tables, media_rows, media_from = (next(given) for _ in range(8))
+        cross_tables, cross_lens = next(given), next(given)
         rows = None if host.sample_rows is None else next(given).long()
         if rows is not None and not len(rows):
             rows = None  # nothing is sampled: any rows will do
         shared = SharedPrefixes(*given) if host.shared is not None and self.device.type == "cuda" else None
         embeds = self._decoder.embed(resolve_ids(raw, self._sampler.last_ids))
         if len(host.media_rows):
-            found = self.rows.slab.index_select(0, media_from)
+            found = (self.rows.slab if placed is None else placed).index_select(0, media_from)
             embeds.index_copy_(0, media_rows.long(), found.to(embeds.dtype))
-        on_cpu = self.device.type == "cpu"
         metadata = AttentionMetadata(
             tables,
             bounds,
@@ -231,52 +284,75 @@ class ModelRunner:
             max_kv_len=host.max_kv_len,
             num_decodes=host.num_decodes,
             shared=shared,
-            cpu_plan=plan_cpu(tables, bounds, kv_lens, self.kv.block_size) if on_cpu else None,
+            cpu_plan=self._plan(tables, bounds, kv_lens),
         )
-        context = ForwardContext({"self": metadata}, self.kv.caches, rows)
-        return self._decoder(embeds, positions, context)
+        kinds = {"self": metadata}
+        if host.cross is not None:
+            kinds["cross"] = AttentionMetadata(
+                cross_tables,
+                bounds,
+                cross_lens,
+                slot_mapping=None,
+                max_q_len=host.max_q_len,
+                max_kv_len=max(cross.max_kv_len, 1),
+                causal=False,
+                num_decodes=host.num_decodes,
+                cpu_plan=self._plan(cross_tables, bounds, cross_lens),
+            )
+        return self._decoder(embeds, positions, ForwardContext(kinds, self.kv.caches, rows))
+
+    def _plan(self, tables: Tensor, bounds: Tensor, kv_lens: Tensor) -> CpuPlan | None:
+        return plan_cpu(tables, bounds, kv_lens, self.kv.block_size) if self.device.type == "cpu" else None
 
 
-def largest_batch(limits: RunnerLimits, block_size: int, axes: int, width: int) -> HostBatch:
+_NO_CROSS = CrossTables(np.zeros((0, 0), np.int32), np.zeros(0, np.int32), 0)
+
+
+def largest_batch(limits: RunnerLimits, block_size: int, axes: int, source_len: int = 0) -> HostBatch:
     """As many tokens as a step may have, as long chunks of as few sequences as can be, as many of them sampled
-    as can be. Nothing is written: no token has a slot."""
+    as can be, each with a source of source_len rows. Nothing is written: no token has a slot."""
     tokens = limits.max_num_batched_tokens
     longest = min(tokens, limits.max_model_len)
     bounds = np.minimum(np.arange(0, tokens + longest, longest), tokens).astype(np.int32)
     lens = np.diff(bounds)
     zeros = np.zeros(tokens, np.int32)
-    blocks = min(-(-longest // block_size), width)
+    cross = None
+    if source_len:
+        tables = np.zeros((len(lens), table_width(source_len, block_size)), np.int32)
+        cross = CrossTables(tables, np.full(len(lens), source_len, np.int32), source_len)
     return HostBatch(
         token_ids=zeros,
         positions=np.zeros((axes, tokens), np.int32),
         bounds=bounds,
         kv_lens=lens,
         slots=zeros - 1,
-        tables=np.zeros((len(lens), blocks), np.int32),
+        tables=np.zeros((len(lens), table_width(longest, block_size)), np.int32),
         sample_rows=zeros[: limits.max_num_seqs],
-        media_rows=zeros[:1],
-        media_from=zeros[:1],
+        media_rows=zeros[:0],
+        media_from=zeros[:0],
         num_decodes=0,
         max_q_len=int(lens.max()),
         max_kv_len=int(lens.max()),
+        cross=cross,
     )
 
 
 def _media_keys(batch: ScheduledBatch) -> set[bytes]:
-    """Items whose rows this batch's tokens take."""
-    return {
+    """Items whose rows this batch's tokens and sources take."""
+    taken = {
         r.feature.key
         for s in batch.sequences
         for r in (() if s.start >= s.seq.prompt_len else s.seq.ranges)
         if r.offset < s.start + s.length and r.end > s.start
     }
+    return taken.union(r.feature.key for seq in batch.sources for r in seq.request.media)
 
 
 def _sampling_row(scheduled: ScheduledSequence, sampler: Sampler) -> SamplingRow:
     seq = scheduled.seq
     step = scheduled.start + scheduled.length - seq.prompt_len
     owner = (seq.seq_id, scheduled.epoch)
-    read = seq.params.penalised and not sampler.knows(seq.slot, owner, step)  # else a copy at every step
+    read = seq.params.reads_tokens and not sampler.knows(seq.slot, owner, step)  # else a copy at every step
     return SamplingRow(
         seq.params,
         (seq.seed + _SEED_STRIDE * seq.index) % 2**63,
@@ -289,12 +365,16 @@ def _sampling_row(scheduled: ScheduledSequence, sampler: Sampler) -> SamplingRow
     )
 
 
-def _by_sequence(pending: PendingSample, chosen: Sequence[ScheduledSequence]) -> dict[int, SampledToken]:
+def _by_sequence(
+    pending: PendingSample, chosen: Sequence[ScheduledSequence]
+) -> tuple[dict[int, SampledToken], dict[int, MMError]]:
+    """What was drawn, and whose logits processors failed."""
     drawn = pending.collect()
-    return {
+    sampled = {
         s.seq.seq_id: SampledToken(token, logprobs, ok)
         for s, token, logprobs, ok in zip(chosen, drawn.token_ids, drawn.logprobs, drawn.finite, strict=True)
     }
+    return sampled, {chosen[row].seq.seq_id: error for row, error in drawn.faults.items()}
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

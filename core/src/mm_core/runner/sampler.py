@@ -21,9 +21,10 @@ from mm_core.kernels import sample
 from mm_core.kernels.random import stream_keys
 from mm_core.runner.columns import Column, Columns
 from mm_core.runner.draw import DrawPart, edits, filters, temperature
-from mm_core.runner.history import TokenHistory
+from mm_core.runner.history import OutputTable, TokenHistory
 from mm_core.runner.logprobs import LogprobPart
-from mm_core.runner.pending import Outbox, PendingSample, SampledTokens
+from mm_core.runner.pending import Asked, Outbox, PendingSample, SampledTokens, Tray
+from mm_core.runner.processors import Processing
 
 if TYPE_CHECKING:
     from mm_core.config import SamplingParams
@@ -36,9 +37,10 @@ class SamplingRow(NamedTuple):
 
     step: 0-based index of the output token to be drawn; it counts those in flight. prompt_token_ids,
     output_token_ids: what came before it, as far as the host knows, which is all but one token at
-    most; read only where `params.penalised` and the sampler does not know them (`Sampler.knows`), and
-    may be empty elsewhere. stop_token_ids: eos and stop ids, masked while the output is shorter than
-    `min_tokens`. Token ids outside the vocabulary of the logits have no effect.
+    most; read only where `params.reads_tokens` and the sampler does not know them (`Sampler.knows`), and
+    may be empty elsewhere; but logits processors are told the prompt at every step. stop_token_ids: eos
+    and stop ids, masked while the output is shorter than `min_tokens`. Token ids outside the vocabulary of
+    the logits have no effect.
     slot: its place in the runner's tables, another for each row of a launch. owner: names a sequence
     between two preemptions, so that what is kept under the slot is nobody else's.
     """
@@ -76,6 +78,7 @@ class _Plan:
     first_random: bool
     parts: list[DrawPart]
     asked: list[LogprobPart]
+    processing: Processing | None
     random: list[int]
     penalised: list[int]
     penalised_slots: Column
@@ -97,8 +100,9 @@ class _Plan:
 class Sampler:
     """Draws one token a row.
 
-    Order: log-probabilities of the raw logits; logit bias; min_tokens mask; repetition, frequency
-    and presence penalties; temperature; top-k; top-p; min-p; draw. Ties go to the lowest token id.
+    Order: log-probabilities of the raw logits; logit bias; logits processors; min_tokens mask;
+    repetition, frequency and presence penalties; temperature; top-k; top-p; min-p; draw. Ties go to the
+    lowest token id.
     last_ids: int64 [max_num_seqs] on the device, the newest token drawn for each slot.
     """
 
@@ -106,6 +110,7 @@ class Sampler:
         self.last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._vocab = vocab_size
         self._history = TokenHistory(vocab_size, device)
+        self._outputs = OutputTable(device)
         self._outbox = Outbox(max_num_seqs, device)
         self._state = sample.new_state(max_num_seqs, device)
         self._chunk_rows = max(1, sample.MAX_CHUNK_ELEMENTS // vocab_size)
@@ -128,38 +133,49 @@ class Sampler:
             tray.keys.numpy()[plan.random] = stream_keys(seeds, steps)
         if plan.penalised:
             self._history.refresh([rows[i] for i in plan.penalised], self.last_ids)
-        self._choose(logits, plan, tray.keys, tray.out)
+        if plan.processing is not None:
+            plan.processing.begin(rows, self.last_ids)
+        peaks = self._choose(logits, plan, rows, tray)
         if plan.penalised:
             self._history.add(plan.penalised_places.tensor, self.last_ids[plan.penalised_slots.tensor])
-        tables = None
+        if plan.processing is not None:
+            plan.processing.end(self.last_ids)
+        tables = peaks
         if plan.asked:
             token_ids = self.last_ids[plan.slot_index.tensor]
-            tables = torch.cat([part.tables(logits, token_ids) for part in plan.asked])
-        return tray.send(tables, plan.asked)
+            tables = [part.tables(logits, token_ids) for part in plan.asked] + peaks
+        faults = {} if plan.processing is None else plan.processing.faults
+        table = torch.cat(tables) if len(tables) > 1 else tables[0] if tables else None
+        return tray.send(table, Asked(plan.asked, plan.processing, faults))
 
     def knows(self, slot: int, owner: tuple[int, int], step: int) -> bool:
-        """Whether a row with these needs no token ids for its penalties: their table is up to date."""
-        return self._history.knows(slot, owner, step)
+        """Whether a row with these needs no output token ids: the tables that its parameters need are up to date."""
+        tables = [table for table in (self._history, self._outputs) if table.has(slot)]
+        return bool(tables) and all(table.knows(slot, owner, step) for table in tables)
 
     def release(self, slot: int) -> None:
         """Forget what is kept for the sequence that leaves the slot."""
-        if self._history.release(slot):
-            self._plan = None  # it may name the row of the table
+        if any([self._history.release(slot), self._outputs.release(slot)]):
+            self._plan = None  # it may name rows of the tables
 
     def keep(self, slots: Sequence[int]) -> None:
         """Forget what is kept for all others; a sequence that misses a step has it written anew."""
-        if self._history.keep(slots):
+        if any([self._history.keep(slots), self._outputs.keep(slots)]):
             self._plan = None
 
-    def _choose(self, logits: Tensor, plan: _Plan, keys: Tensor, out: Tensor) -> None:
+    def _choose(self, logits: Tensor, plan: _Plan, rows: Sequence[SamplingRow], tray: Tray) -> list[Tensor]:
         """First a token for every row, with which it is known whether its logits are usable; then again for
-        rows that need more."""
-        launch = sample.Launch(plan.slot_index.tensor, keys, out, self.last_ids, self._state)
+        rows that need more. The best scores that processors left, if there are any."""
+        launch = sample.Launch(plan.slot_index.tensor, tray.keys, tray.out, self.last_ids, self._state)
         every, first = plan.every.tensor, plan.first_temperatures
         sample.choose_tokens(logits, every, first, launch, random=plan.first_random)
+        peaks = []
         for part in plan.parts:
+            scores = part.scores(logits, rows)
+            if part.processing is not None:
+                peaks.append(part.processing.peaks(scores))
             sample.choose_tokens(
-                part.scores(logits),
+                scores,
                 part.index.tensor,
                 plan.temperatures,
                 launch,
@@ -167,16 +183,27 @@ class Sampler:
                 edited=part.edited,
                 random=part.random,
             )
+        return peaks
 
     def _make_plan(self, rows: Sequence[SamplingRow]) -> _Plan:
         columns = Columns()
-        edited = [i for i, row in enumerate(rows) if edits(row)]
-        filtered = [i for i, row in enumerate(rows) if not edits(row) and filters(row, self._vocab)]
-        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        processed = [i for i, row in enumerate(rows) if row.params.logits_processors]
+        edited = [i for i, row in enumerate(rows) if edits(row) and not row.params.logits_processors]
+        later = {*processed, *edited}
+        filtered = [i for i, row in enumerate(rows) if i not in later and filters(row, self._vocab)]
+        asked = [i for i, row in enumerate(rows) if row.params.best_logprobs is not None]
         penalised = [i for i, row in enumerate(rows) if row.params.penalised]
         temperatures = [temperature(row.params) for row in rows]
-        later = {*edited, *filtered}
+        later |= {*filtered}
         first = [0.0 if i in later else t for i, t in enumerate(temperatures)]
+        # Those of processors in one piece, however many they are: each is called once a step.
+        processing = Processing(processed, rows, self._outputs, columns) if processed else None
+        parts = [DrawPart(processed, rows, self._vocab, self._history, columns, processing)] if processed else []
+        parts += [
+            DrawPart(part, rows, self._vocab, self._history, columns)
+            for kind in (edited, filtered)
+            for part in _chunks(kind, self._part_rows)
+        ]
         plan = _Plan(
             params=[row.params for row in rows],
             slots=[row.slot for row in rows],
@@ -186,15 +213,12 @@ class Sampler:
             temperature_column=columns.floats(temperatures),
             first_temperature_column=columns.floats(first),
             first_random=any(first),
-            parts=[
-                DrawPart(part, rows, self._vocab, self._history, columns)
-                for kind in (edited, filtered)
-                for part in _chunks(kind, self._part_rows)
-            ],
+            parts=parts,
             asked=[
-                LogprobPart(part, [rows[i].params.logprobs or 0 for i in part], columns.ints(part), self._vocab)
+                LogprobPart(part, [rows[i].params for i in part], self._vocab, columns)
                 for part in _chunks(asked, self._chunk_rows)
             ],
+            processing=processing,
             random=[i for i, t in enumerate(temperatures) if t],
             penalised=penalised,
             penalised_slots=columns.ints([rows[i].slot for i in penalised]),

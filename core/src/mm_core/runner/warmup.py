@@ -34,6 +34,7 @@ Steps = Sequence[Callable[[], object]]
 _MAX_WORKERS = 16
 _MAX_ROUNDS = 3
 _TURN_S = 2e-4
+_CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Sequential}
 _ALLOCATE = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 )
@@ -216,11 +217,15 @@ class WarmUp:
 
 @contextmanager
 def shortened(modules: Sequence[Any], keep: int = 2) -> Iterator[None]:
-    """Leave only the first layers in each list of layers of one kind, for a while."""
+    """Leave only the first layers in each list of layers of one kind, for a while. Lists of containers stay whole:
+    stages of a pyramid have one type and different sizes."""
     cut: list[tuple[nn.ModuleList, list[nn.Module]]] = []
     for module in modules:
         for child in module.modules() if isinstance(module, nn.Module) else ():
-            if isinstance(child, nn.ModuleList) and len(child) > keep and len({type(layer) for layer in child}) == 1:
+            if not isinstance(child, nn.ModuleList) or len(child) <= keep:
+                continue
+            kinds = {type(layer) for layer in child}
+            if len(kinds) == 1 and not kinds & _CONTAINERS:
                 cut.append((child, list(child)[keep:]))
     try:
         for layers, _ in cut:
