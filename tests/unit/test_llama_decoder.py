@@ -280,4 +280,4 @@ def test_the_default_hook_knows_its_types_and_no_others() -> None:
     decoder = spec.build(BuildContext(torch.device("cpu"), torch.bfloat16, 128))
     assert decoder.lm_head is None
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
-    assert mm_decoder("any", _Checkpoint({"model_type": "opt"})) is None
+    assert mm_decoder("any", _Checkpoint({"model_type": "gpt2"})) is None

@@ -24,9 +24,14 @@ LLAMA_TYPES = frozenset(
 
 @hookimpl
 def mm_decoder(family: str, checkpoint: Checkpoint) -> DecoderSpec | None:  # noqa: ARG001
-    """The Llama decoder for the types it covers; None leaves the checkpoint to nobody."""
+    """The decoder that covers the text model's type; None leaves the checkpoint to nobody."""
     text_config = checkpoint.text_config
-    if text_config.get("model_type") not in LLAMA_TYPES:
+    kind = text_config.get("model_type")
+    if kind in ("opt", "t5"):
+        from mm_core.decoders import opt_spec, t5_spec
+
+        return opt_spec(text_config) if kind == "opt" else t5_spec(text_config)
+    if kind not in LLAMA_TYPES:
         return None
     from mm_core.decoders.llama import LlamaConfig, LlamaDecoder, llama_weight_map
 
