@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- mm-bench:begin -->", "<!-- mm-bench:end -->"
-PEER_DEVICE, PEER_MODEL = "H100", "qwen2-vl-7b"
+PEER_DEVICE = "H100"
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -28,9 +28,10 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def peers_of(found: dict[str, Any]) -> dict[str, Any]:
-    if PEER_DEVICE not in found["environment"]["device"] or found["model"] != PEER_MODEL:
+    known = json.loads((DOCS / "peers-h100.json").read_text(encoding="utf-8"))
+    if PEER_DEVICE not in found["environment"]["device"] or found["model"] not in known["models"]:
         return {}
-    return json.loads((DOCS / "peers-h100.json").read_text(encoding="utf-8"))
+    return {"about": known["about"], **known["models"][found["model"]]}
 
 
 def throughput_table(results: Sequence[dict[str, Any]], peers: dict[str, Any]) -> list[str]:
@@ -78,8 +79,10 @@ def latency_table(results: Sequence[dict[str, Any]], peers: dict[str, Any]) -> l
         floors = {
             "ttft_ms": sum(result.get("ttft_floor_ms", {}).values()) or None,
             "per_token_ms": result["floor_s"]["decode"] * 1e3 / answers,
+            "request_ms": sum(result["floor_s"].values()) * 1e3 / result["requests"],
         }
-        for key, label in (("ttft_ms", "first token"), ("per_token_ms", "each token after it")):
+        labels = {"ttft_ms": "first token", "per_token_ms": "each token after it", "request_ms": "last token"}
+        for key, label in labels.items():
             found, peer = result.get(key), peers.get("latency", {}).get(key, {})
             if found is None:
                 continue

@@ -182,7 +182,7 @@ def test_faulty_datasets_are_told_before_anything_is_loaded(tmp_path: Path, caps
 
 def test_a_model_with_other_rows_is_refused(tiny_path: Path) -> None:
     with Session(Settings(str(tiny_path), {"device": "cpu", "show_progress": False}, requests=2)) as session:
-        with pytest.raises(ConfigError, match=r"256 rows an image of 448×448; this model makes 64.*--image-size 448"):
+        with pytest.raises(ConfigError, match=r"256 rows an item .* this model makes 64.*--image-size 448"):
             session.workload(WORKLOADS["image-distinct"])
         found = session.workload(WORKLOADS["text"]).figures  # the engine is as good as new
         assert found["tokens"]["prompt_each"] == [36]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +206,9 @@ def test_work_of_spans(facts: Facts) -> None:
     assert prefill.flops == pytest.approx(prefill_work(size, [RequestSize(100, 0, 1)] * 2).flops)
     assert prefill.bytes == size.weight_bytes
     assert span_work(size, ms("decoder", "decode", 0, 1)) == Work()
+    cross = span_work(size, ms("decoder", "decode", 0, 1, tokens=4, sequences=4, kv_tokens=400, source_tokens=6000))
+    assert cross == size.tokens(4, 4, 100 + 1500, 6400)
+    assert span_work(replace(size, source_params=7), ms("decoder", "source", 0, 1, projected=1500)) == Work(21000.0)
 
 
 def test_phases_against_the_ceilings(facts: Facts) -> None:
@@ -263,8 +267,11 @@ def test_latencies() -> None:
     assert found["ttft_ms"]["p50"] == pytest.approx(100)
     assert found["inter_token_ms"]["max"] == pytest.approx(300)
     assert found["per_token_ms"]["mean"] == pytest.approx(200)
+    assert found["request_ms"]["max"] > found["ttft_ms"]["max"]
     assert latencies(outputs, None)["ttft_ms"]["p50"] == pytest.approx(50)
-    assert latencies([output(1, None)], None) == dict.fromkeys(("ttft_ms", "inter_token_ms", "per_token_ms"))
+    assert latencies([output(1, None)], None) == dict.fromkeys(
+        ("ttft_ms", "inter_token_ms", "per_token_ms", "request_ms")
+    )
 
 
 def test_percentiles() -> None:

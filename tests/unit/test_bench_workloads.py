@@ -13,15 +13,15 @@ from mm_core.bench.workloads import (
     WORKLOADS,
     BenchRequest,
     PromptMaker,
-    Workload,
     make_requests,
     noise_images,
     resized,
     select,
 )
+from mm_core.benchspecs import BenchPrompt, BenchWorkload
 from mm_core.checkpoint import LoadedCheckpoint, open_checkpoint
 from mm_core.errors import ConfigError, PluginError
-from mm_core.hookspecs import BenchPrompt, hookimpl
+from mm_core.hookspecs import hookimpl
 from mm_core.plugins import PluginRegistry
 from mm_core.types import ModelFamily
 
@@ -41,7 +41,7 @@ def maker_for(checkpoint: LoadedCheckpoint, *, media: bool = True) -> PromptMake
     tokenizer = checkpoint.tokenizer
     placeholder = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     processor = SimpleNamespace(tokenizer=tokenizer, placeholder_id=lambda _: placeholder)
-    return PromptMaker.of(processor, family.prompt, media=media)
+    return PromptMaker.of(processor, family.prompt, "image" if media else None)
 
 
 def expanded(ids: list[int], placeholder: int, rows: int) -> list[int]:
@@ -104,7 +104,9 @@ class Wrong(Silent):
 def test_plugins_without_benchmarks_and_with_wrong_ones(caplog: pytest.LogCaptureFixture) -> None:
     registry = PluginRegistry([Silent()])
     assert family_of(registry, ["SilentModel"]) is None
-    assert {owner.plugin for owner in registry.owners("mm_bench")} == {"qwen2vl"}
+    owners = {owner.plugin for owner in registry.owners("mm_bench")}
+    assert "qwen2vl" in owners
+    assert "silent" not in owners
     with pytest.raises(PluginError, match=r"mm_bench\(family\) returned object without prompt, models.*a BenchFamily"):
         family_of(PluginRegistry([Wrong()]), ["SilentModel"])
     assert "qwen2-vl-7b" in built_in_models(PluginRegistry([Wrong()]))
@@ -163,9 +165,8 @@ def test_workloads_are_those_of_the_table() -> None:
         "image-reuse-warm": (256, 16, 448, 128), "image-large": (32, 32, 1344, 64), "text": (256, 0, 448, 256),
         "latency": (20, 20, 448, 129),
     }  # fmt: skip
-    found = {n: (w.requests, w.images, w.image_size, w.output_tokens) for n, w in WORKLOADS.items()}
+    found = {n: (w.requests, w.items, w.image_size, w.output_tokens) for n, w in WORKLOADS.items()}
     assert found == table
-    assert select("all") == list(WORKLOADS.values())
     assert [w.name for w in select("text, image-reuse")] == ["text", "image-reuse"]
 
 
@@ -177,11 +178,11 @@ def test_unknown_and_repeated_names(names: str, fault: str) -> None:
 
 def test_other_sizes_keep_the_share_of_images() -> None:
     reuse = resized(WORKLOADS["image-reuse"], 64, 5, None)
-    assert (reuse.requests, reuse.images, reuse.output_tokens, reuse.rows) == (64, 4, 5, 256)
-    assert resized(WORKLOADS["image-reuse"], 3, None, None).images == 1
+    assert (reuse.requests, reuse.items, reuse.output_tokens, reuse.rows) == (64, 4, 5, 256)
+    assert resized(WORKLOADS["image-reuse"], 3, None, None).items == 1
     distinct = resized(WORKLOADS["image-distinct"], 7, None, 112)
-    assert (distinct.images, distinct.image_size, distinct.rows) == (7, 112, None)
-    assert resized(WORKLOADS["text"], 9, None, 112).images == 0
+    assert (distinct.items, distinct.image_size, distinct.rows) == (7, 112, None)
+    assert resized(WORKLOADS["text"], 9, None, 112).items == 0
 
 
 def test_noise_depends_on_name_seed_and_index_only() -> None:
@@ -202,5 +203,5 @@ def test_requests_share_images_and_differ_in_questions(checkpoint: LoadedCheckpo
     assert images[:2] == [i.tobytes() for i in noise_images("others", 2, 28, 0)]
     assert len({tuple(r.prompt.prompt_token_ids) for r in requests}) == 32
     assert {(r.expected_tokens, r.expected_rows) for r in requests} == {(39, 1)}
-    text = Workload("text", 2, 0, 3, rows=None, shared=14)
+    text = BenchWorkload("text", 2, 0, 3, rows=None, shared=14)
     assert make_requests(text, maker_for(checkpoint, media=False), 0, 0)[0].expected_tokens == 36

@@ -18,9 +18,9 @@ from mm_core.bench.work import (
     span_work,
 )
 from mm_core.bench.workloads import BenchRequest
+from mm_core.benchspecs import BenchFamily
 from mm_core.errors import ConfigError
 from mm_core.hashing import get_hasher
-from mm_core.hookspecs import BenchFamily
 from mm_core.scheduler.sequence import Sequence as SequenceState
 from mm_core.tracing import Span
 from mm_core.types import PreparedRequest, RequestOutput
@@ -28,7 +28,7 @@ from mm_core.types import PreparedRequest, RequestOutput
 PERCENTILES = (50, 90, 99)
 _COUNTERS = ("steps", "preemptions", "computed_tokens", "partial_prefills")
 _LENGTHS_SHOWN = 16
-_DECODER_NAMES = ("prefill", "mixed", "decode")
+_DECODER_NAMES = ("source", "prefill", "mixed", "decode")
 
 Info = Mapping[str, Any]
 
@@ -107,7 +107,10 @@ def check_counts(name: str, requests: Sequence[BenchRequest], outputs: Sequence[
 
 def without_tensors(request: PreparedRequest) -> PreparedRequest:
     """A request whose features keep their keys and facts only."""
-    return replace(request, ranges=tuple(replace(r, feature=replace(r.feature, tensors={})) for r in request.ranges))
+    slim = tuple(replace(r, feature=replace(r.feature, tensors={})) for r in request.media)
+    if request.source is None:
+        return replace(request, ranges=slim)
+    return replace(request, source=replace(request.source, ranges=slim))
 
 
 def ideal_reuse(
@@ -117,6 +120,7 @@ def ideal_reuse(
     earlier (in `before`, or in the list). By the engine's own keys."""
     blocks: set[bytes] = set()
     media: set[bytes] = set()
+    sources: set[bytes] = set()
     asked = []
     for index, request in enumerate([*before, *requests]):
         sequence = SequenceState(index, request)
@@ -125,11 +129,17 @@ def ideal_reuse(
         blocks.update(c.key for c in contents)
         # The last token is computed even where all are cached: its logits choose the next one.
         cached = min(hits * block_size, len(request.token_ids) - 1)
-        needed = [r.feature for r in request.ranges if r.end > cached and r.feature.key not in media]
+        read, rows, projected = [r.feature for r in request.ranges if r.end > cached], 0, 0
+        if (source := request.source) is not None:
+            rows = source.num_tokens
+            if source.key not in sources:
+                read, projected = [r.feature for r in source.ranges], rows
+            sources.add(source.key)
+        needed = [f for f in read if f.key not in media]
         media.update(f.key for f in needed)
         if index >= len(before):
-            size = RequestSize(len(request.token_ids), cached, output[index - len(before)])
-            items = [r.feature.info for r in request.ranges]
+            size = RequestSize(len(request.token_ids), cached, output[index - len(before)], rows, projected)
+            items = [r.feature.info for r in request.media]
             asked.append(Asked(size, [f.info for f in {f.key: f for f in needed}.values()], items))
     return asked
 
@@ -204,14 +214,16 @@ def _caches(counters: Mapping[str, Any]) -> dict[str, Any]:
 
 def latencies(outputs: Sequence[RequestOutput], start_ns: int | None) -> dict[str, Any]:
     """Milliseconds to the first token (from the clock's start, or each request's own arrival) and
-    between tokens: of every pair, and the mean of each request ("per_token_ms")."""
-    first, between, each = [], [], []
+    between tokens: of every pair, and the mean of each request ("per_token_ms"); and to the last one
+    ("request_ms")."""
+    first, between, each, whole = [], [], [], []
     for output in outputs:
         metrics = output.metrics
         if metrics is None or metrics.first_token is None or metrics.last_token is None:
             continue
         begin = metrics.arrival if start_ns is None else start_ns / 1e9
         first.append((metrics.first_token - begin) * 1e3)
+        whole.append((metrics.last_token - begin) * 1e3)
         times = metrics.token_times or ()
         between += [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
         if (count := len(output.token_ids)) > 1:
@@ -220,6 +232,7 @@ def latencies(outputs: Sequence[RequestOutput], start_ns: int | None) -> dict[st
         "ttft_ms": percentiles(first),
         "inter_token_ms": percentiles(between),
         "per_token_ms": percentiles(each),
+        "request_ms": percentiles(whole),
     }
 
 

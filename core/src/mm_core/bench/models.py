@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_core.benchspecs import BenchFamily, BenchModel, BenchWorkload
 from mm_core.errors import ConfigError, MMError
-from mm_core.hookspecs import BenchFamily, BenchModel
 from mm_core.plugins import PluginRegistry
 
 logger = logging.getLogger(__name__)
@@ -21,14 +21,22 @@ _BYTES = 256
 
 
 def built_in_models(registry: PluginRegistry) -> dict[str, BenchModel]:
-    """Models of all plugins, by name. A plugin whose hook fails is passed over with a warning."""
-    found: dict[str, BenchModel] = {}
+    """Models of all plugins, by name."""
+    return {name: model for family in _families(registry) for name, model in family.models.items()}
+
+
+def workloads_of(registry: PluginRegistry) -> list[BenchWorkload]:
+    """All plugins' own workloads."""
+    return [workload for family in _families(registry) for workload in family.workloads]
+
+
+def _families(registry: PluginRegistry) -> Iterator[BenchFamily]:
+    """What all plugins say; one whose hook fails is passed over with a warning."""
     for owner in registry.owners("mm_bench"):
         try:
-            found |= registry.call_owner("mm_bench", owner, family=owner.family.name).models
+            yield registry.call_owner("mm_bench", owner, family=owner.family.name)
         except MMError as error:
             logger.warning("models of plugin '%s' are left out: %s", owner.plugin, error)
-    return found
 
 
 def family_of(registry: PluginRegistry, architectures: Sequence[str]) -> BenchFamily | None:
@@ -73,13 +81,13 @@ def _tokenizer_settings(special: Mapping[str, int]) -> dict[str, Any]:
 
 
 def tokenizer_json(special: Mapping[str, int]) -> dict[str, Any]:
-    """A byte-level tokenizer in the format of `tokenizers`: bytes at 0…255, words that no text is
-    split into at the ids above (so that every id decodes to text, as in a real vocabulary of this
-    size), and the special tokens at their own."""
+    """A byte-level tokenizer in the format of `tokenizers`: the special tokens at their own ids, bytes at
+    the first 256 others, and words that no text is split into at the rest (so that every id decodes to
+    text, as in a real vocabulary of this size)."""
     taken = {index: text for text, index in special.items()}
-    vocab = {char: index for index, char in enumerate(byte_characters())}
-    for index in range(_BYTES, max(taken) + 1):
-        vocab[taken.get(index, f"Ġw{index}")] = index
+    count = max(_BYTES + len(taken), max(taken) + 1)
+    characters = iter(byte_characters())
+    vocab = {taken.get(index) or next(characters, f"Ġw{index}"): index for index in range(count)}
     shape = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",

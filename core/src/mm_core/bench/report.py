@@ -77,7 +77,8 @@ def result_text(figures: Mapping[str, Any]) -> str:
     """One result as a block of lines."""
     lines = [f"{figures['workload']} ({figures['kind']}): {figures['requests']} requests in {figures['seconds']:.3f} s"]
     lines += _rates(figures)
-    for key, label in (("ttft_ms", "first token"), ("inter_token_ms", "between tokens"), ("per_token_ms", "per token")):
+    labels = {"ttft_ms": "first token", "inter_token_ms": "between tokens", "per_token_ms": "per token"}
+    for key, label in {**labels, "request_ms": "last token"}.items():
         if (found := figures.get(key)) is not None:
             shown = ", ".join(f"p{p} {found[f'p{p}']:.2f}" for p in PERCENTILES)
             lines.append(f"  {label:<15} {shown} ms (mean {found['mean']:.2f}, largest {found['max']:.2f})")

@@ -16,15 +16,15 @@ from typing import Any, Self
 from mm_core.bench.analysis import Facts, Measured, check_counts, difference, ideal_reuse, summarise, without_tensors
 from mm_core.bench.dataset import stand_in
 from mm_core.bench.device import MeasuredCeilings, measure_ceilings
-from mm_core.bench.models import family_of, place_model
+from mm_core.bench.models import family_of, place_model, workloads_of
 from mm_core.bench.timeline import clipped
 from mm_core.bench.work import DecoderSize
-from mm_core.bench.workloads import BenchRequest, PromptMaker, Workload, make_requests, resized
+from mm_core.bench.workloads import WORKLOADS, BenchRequest, PromptMaker, make_requests, resized, select
+from mm_core.benchspecs import BenchFamily, BenchWorkload
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.engine import Engine
 from mm_core.engine.frontend import Frontend
 from mm_core.errors import ConfigError
-from mm_core.hookspecs import BenchFamily
 from mm_core.plugins import PluginRegistry
 from mm_core.runner.memory import kv_dtype
 from mm_core.runner.runner import resolve_device
@@ -78,6 +78,7 @@ class Session:
         self.settings = settings
         self._stack = ExitStack()
         self._runs: Counter[str] = Counter()
+        self._registry = PluginRegistry()
         try:
             self._open()
         except BaseException:
@@ -89,7 +90,7 @@ class Session:
         chosen = {"record_timeline": True, "show_progress": sys.stderr.isatty(), **self.settings.engine}
         config = EngineConfig(**chosen)
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mm-bench-")))
-        registry = PluginRegistry()
+        registry = self._registry
         path = place_model(self.settings.model, config.load_format, registry, folder)
         self.measured = measure_ceilings(str(resolve_device(config)), config.dtype)
         begin = time.perf_counter()
@@ -109,7 +110,7 @@ class Session:
 
     # -- what is run -----------------------------------------------------------------------
 
-    def workload(self, workload: Workload, *, one_by_one: bool = False) -> Result:
+    def workload(self, workload: BenchWorkload, *, one_by_one: bool = False) -> Result:
         """Run a named workload. Raises ConfigError where the model cannot have its token counts."""
         given = self.settings
         workload = resized(workload, given.requests, given.output_tokens, given.image_size)
@@ -129,6 +130,14 @@ class Session:
         figures = self._figures(measured, requests, before)
         return self._result(workload.name, "throughput", measured, {"definition": asdict(workload), **figures})
 
+    def workloads(self, names: str) -> list[BenchWorkload]:
+        """Those that a comma list names; "all": the family's own, and core's where it is asked questions."""
+        own = () if self.family is None else self.family.workloads
+        if names != "all":
+            return select(names, workloads_of(self._registry))
+        asked = self.family is not None and self.family.prompt.complete is None
+        return [*(WORKLOADS.values() if asked else ()), *own]
+
     def dataset(self, name: str, requests: Sequence[BenchRequest], *, one_by_one: bool = False) -> Result:
         """Run requests from a file, all at once or one by one. The warm-up has none of their media."""
         if self.settings.warmup:
@@ -140,14 +149,14 @@ class Session:
         figures = self._figures(measured, requests, together=not one_by_one)
         return self._result(name, kind, measured, {"definition": {"requests": len(requests)}, **figures})
 
-    def _latency(self, workload: Workload) -> Result:
+    def _latency(self, workload: BenchWorkload) -> Result:
         """First tokens from requests of one output token, then tokens after the first from full
         answers; every request has its own image."""
         count = workload.requests
-        workload = replace(workload, images=count if workload.images else 0, primed=False)
+        workload = replace(workload, items=count if workload.items else 0, primed=False)
         maker, rows = self._maker(workload)
         media = self._media_name(workload)
-        everything = replace(workload, requests=2 * count, images=2 * workload.images)
+        everything = replace(workload, requests=2 * count, items=2 * workload.items)
         requests = make_requests(everything, maker, self.settings.seed, rows, media=media)
         firsts = [replace(r, output_tokens=1) for r in requests[:count]]
         self._warm_up(workload, media, maker, rows, LATENCY_WARMUP)
@@ -165,7 +174,7 @@ class Session:
 
     # -- its parts -------------------------------------------------------------------------
 
-    def _maker(self, workload: Workload) -> tuple[PromptMaker, int]:
+    def _maker(self, workload: BenchWorkload) -> tuple[PromptMaker, int]:
         """The prompt maker, and the rows that this model makes of one of the workload's images."""
         if self.family is None:
             raise ConfigError(
@@ -173,15 +182,20 @@ class Session:
                 "prompt for it. Use --dataset FILE."
             )
         processor = self.frontend.model.processor
-        maker = PromptMaker.of(processor, self.family.prompt, media=workload.images > 0)
-        if not workload.images:
+        if workload.items and workload.modality not in processor.modalities:
+            raise ConfigError(
+                f"Workload {workload.name!r} has media ({workload.modality}) that family "
+                f"{self.frontend.model.family!r} does not read. Take one of its own, or --dataset FILE."
+            )
+        maker = PromptMaker.of(processor, self.family.prompt, workload.modality if workload.items else None)
+        if not workload.items:
             return maker, 0
-        probe = make_requests(replace(workload, name="probe", requests=1, images=1), maker, 0, 0)
-        rows = sum(r.feature.num_tokens for r in self._prepared(probe)[0].ranges)
+        probe = make_requests(replace(workload, name="probe", requests=1, items=1), maker, 0, 0)
+        rows = sum(r.feature.num_placed for r in self._prepared(probe)[0].media)
         if workload.rows is not None and rows != workload.rows:
             raise ConfigError(
-                f"Workload {workload.name!r} has {workload.rows} rows an image of {workload.image_size}×"
-                f"{workload.image_size}; this model makes {rows}. Its figures would compare with nobody's. Pass "
+                f"Workload {workload.name!r} has {workload.rows} rows an item (images of {workload.image_size}×"
+                f"{workload.image_size}); this model makes {rows}. Its figures would compare with nobody's. Pass "
                 f"--image-size {workload.image_size} to measure it all the same, or another size."
             )
         return maker, rows
@@ -196,14 +210,16 @@ class Session:
             found += [without_tensors(p.result()) for p in pending]
         return found
 
-    def _media_name(self, workload: Workload) -> str:
+    def _media_name(self, workload: BenchWorkload) -> str:
         """A name for this run's images that no earlier run of the session had: encoder and processor
         caches outlive a run."""
         self._runs[workload.name] += 1
         again = self._runs[workload.name]
         return workload.name if again == 1 else f"{workload.name}, run {again}"
 
-    def _warm_up(self, workload: Workload, media: str, maker: PromptMaker, rows: int, count: int | None = None) -> None:
+    def _warm_up(
+        self, workload: BenchWorkload, media: str, maker: PromptMaker, rows: int, count: int | None = None
+    ) -> None:
         """Run `count` requests of a workload's shape with other images; one by one where a count is given."""
         if not self.settings.warmup:
             return
@@ -215,7 +231,7 @@ class Session:
             workload,
             name=f"warm-up {workload.name}",
             requests=count,
-            images=min(count, workload.images),
+            items=min(count, workload.items),
             output_tokens=min(WARMUP_TOKENS, workload.output_tokens),
         )
         call(make_requests(small, maker, self.settings.seed, rows, media=f"warm-up {media}"))
@@ -255,7 +271,7 @@ class Session:
         asked = ideal_reuse(prepared, primed, outputs, config.kv_cache_config.block_size)
         kv_itemsize = kv_dtype(config.kv_cache_config, model.dtype).itemsize
         facts = Facts(
-            decoder=DecoderSize.from_text_config(model.checkpoint.text_config, model.dtype.itemsize, kv_itemsize),
+            decoder=self._decoder_size(model.dtype.itemsize, kv_itemsize),
             config=model.checkpoint.config,
             family=self.family,
             ceilings=self.measured.ceilings,
@@ -263,6 +279,12 @@ class Session:
             together=together,
         )
         return summarise(facts, measured, asked)
+
+    def _decoder_size(self, itemsize: int, kv_itemsize: int) -> DecoderSize:
+        checkpoint = self.frontend.model.checkpoint
+        if self.family is None or self.family.decoder is None:
+            return DecoderSize.from_text_config(checkpoint.text_config, itemsize, kv_itemsize)
+        return DecoderSize.of(self.family.decoder(checkpoint.config), itemsize, kv_itemsize)
 
     def _result(self, name: str, kind: str, measured: Measured, figures: dict[str, Any]) -> Result:
         spans = clipped(measured.spans, measured.start_ns, measured.end_ns)

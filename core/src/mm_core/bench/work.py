@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from mm_core.benchspecs import BenchDecoder
 from mm_core.tracing import Span
 
 PHASES = ("encode", "prefill", "decode")
@@ -41,7 +42,8 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """A Llama-like decoder: weights of all layers, of the output head, and bytes of KV a token."""
+    """A decoder: weights of all layers, of the output head, and bytes of KV a token. source_params: those that
+    make keys and values of a source's rows, which are as large as a token's."""
 
     layers: int
     heads: int
@@ -50,23 +52,38 @@ class DecoderSize:
     head_params: int
     kv_bytes: int
     itemsize: int
+    source_params: int = 0
 
     @classmethod
     def from_text_config(cls, text: Mapping[str, Any], itemsize: int, kv_itemsize: int | None = None) -> Self:
-        """From a checkpoint's `text_config`. Attention: q, k, v, o; MLP: gate, up, down. kv_itemsize: bytes
-        of a number in the KV cache (None: as the weights)."""
-        hidden, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
-        kv_heads = text.get("num_key_value_heads") or heads
-        head_dim = text.get("head_dim") or hidden // heads
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+        """From a checkpoint's `text_config`, as Llama spells it."""
+        hidden, heads = text["hidden_size"], text["num_attention_heads"]
+        sizes = BenchDecoder(
+            layers=text["num_hidden_layers"],
+            hidden=hidden,
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or hidden // heads,
+            intermediate=text["intermediate_size"],
+            vocab=text["vocab_size"],
+        )
+        return cls.of(sizes, itemsize, kv_itemsize)
+
+    @classmethod
+    def of(cls, sizes: BenchDecoder, itemsize: int, kv_itemsize: int | None = None) -> Self:
+        """Attention: q, k, v, o, with cross-attention q and o again; kv_itemsize: bytes of a number in the KV
+        cache (None: as the weights)."""
+        hidden, layers, dim = sizes.hidden, sizes.layers, sizes.head_dim
+        attention = hidden * dim * (2 * sizes.heads + 2 * sizes.kv_heads + (2 * sizes.heads if sizes.cross else 0))
         return cls(
             layers=layers,
-            heads=heads,
-            head_dim=head_dim,
-            layer_params=layers * (attention + 3 * hidden * text["intermediate_size"]),
-            head_params=hidden * text["vocab_size"],
-            kv_bytes=2 * layers * kv_heads * head_dim * (itemsize if kv_itemsize is None else kv_itemsize),
+            heads=sizes.heads,
+            head_dim=dim,
+            layer_params=layers * (attention + sizes.mlp_matrices * hidden * sizes.intermediate),
+            head_params=hidden * sizes.vocab,
+            kv_bytes=2 * layers * sizes.kv_heads * dim * (itemsize if kv_itemsize is None else kv_itemsize),
             itemsize=itemsize,
+            source_params=2 * layers * hidden * sizes.kv_heads * dim if sizes.cross else 0,
         )
 
     @property
@@ -84,11 +101,14 @@ class DecoderSize:
 
 @dataclass(frozen=True)
 class RequestSize:
-    """What one request asks of the decoder: prompt tokens, those of them with KV from the cache, output tokens."""
+    """What one request asks of the decoder: prompt tokens, those of them with KV from the cache, output tokens;
+    rows that cross-attention reads, those of them that are to be projected."""
 
     prompt: int
     cached: int
     output: int
+    source: int = 0
+    projected: int = 0
 
 
 def prefill_work(size: DecoderSize, requests: Sequence[RequestSize]) -> Work:
@@ -96,8 +116,8 @@ def prefill_work(size: DecoderSize, requests: Sequence[RequestSize]) -> Work:
     total = Work(0.0, size.weight_bytes)
     for r in requests:
         new = r.prompt - r.cached
-        part = size.tokens(new, 1, r.cached + (new + 1) / 2, r.cached)
-        total += Work(part.flops, part.bytes - size.weight_bytes)
+        part = size.tokens(new, 1, r.source + r.cached + (new + 1) / 2, r.source + r.cached)
+        total += Work(part.flops + 2 * r.projected * size.source_params, part.bytes - size.weight_bytes)
     return total
 
 
@@ -113,7 +133,7 @@ def decode_work(size: DecoderSize, requests: Sequence[RequestSize], max_num_seqs
     count = sum(r.output - 1 for r in requests)
     if not count:
         return Work()
-    kv = sum((r.output - 1) * r.prompt + (r.output - 1) * r.output // 2 for r in requests)
+    kv = sum((r.output - 1) * (r.source + r.prompt) + (r.output - 1) * r.output // 2 for r in requests)
     once = size.tokens(count, count, kv / count, kv)
     return once + Work(0.0, (decode_passes(requests, max_num_seqs) - 1) * size.weight_bytes)
 
@@ -140,10 +160,13 @@ def encoder_work(flops: Iterable[float], params: int, itemsize: int, passes: int
 
 def span_work(size: DecoderSize, span: Span) -> Work:
     """What a decoder span did, from its args: tokens, sequences, kv_tokens (the context lengths'
-    sum, with this step's tokens). Tokens are taken as spread evenly over the sequences."""
+    sum, with this step's tokens), source_tokens (the sources' sum, where there are some), projected (rows of
+    sources made keys and values of). Tokens are taken as spread evenly over the sequences."""
     tokens, sequences = float(span.args.get("tokens", 0)), float(span.args.get("sequences", 0))
-    kv_tokens = float(span.args.get("kv_tokens", 0))
+    kv_tokens, source = float(span.args.get("kv_tokens", 0)), float(span.args.get("source_tokens", 0))
+    projecting = Work(2 * float(span.args.get("projected", 0)) * size.source_params)
     if not tokens or not sequences:
-        return Work()
-    context = kv_tokens / sequences - (tokens / sequences - 1) / 2
-    return size.tokens(tokens, min(sequences, tokens), context, kv_tokens - (tokens if span.name == "prefill" else 0))
+        return projecting
+    context = (kv_tokens + source) / sequences - (tokens / sequences - 1) / 2
+    read = kv_tokens + source - (tokens if span.name == "prefill" else 0)
+    return size.tokens(tokens, min(sequences, tokens), context, read) + projecting

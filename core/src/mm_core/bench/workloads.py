@@ -12,49 +12,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mm_core.benchspecs import BenchPrompt, BenchWorkload
 from mm_core.errors import ConfigError
-from mm_core.hookspecs import BenchPrompt, Processor
+from mm_core.hookspecs import Processor
 from mm_core.types import TextPrompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mm_core.types import Modality
+
 INSTRUCTION = "Describe this image in detail."
 QUESTION = " Question number {number}."
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One row of the table of workloads.
-
-    images: how many different ones the requests share (request i has image i mod images; 0: none).
-    rows: encoder rows an image, where the workload fixes them. shared: prompt tokens beside those
-    rows that all requests begin with, own: those of the request's question and after it.
-    primed: as many requests with other questions on the same images run first, off the clock.
-    one_by_one: requests follow each other instead of coming all at once.
-    """
-
-    name: str
-    requests: int
-    images: int
-    output_tokens: int
-    image_size: int = 448
-    rows: int | None = 256
-    shared: int = 16
-    own: int = 22
-    primed: bool = False
-    one_by_one: bool = False
+SAMPLE_RATE = 16_000  # Hz, what speech models read
 
 
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("image-distinct", requests=256, images=256, output_tokens=128),
-        Workload("image-reuse", requests=256, images=16, output_tokens=128),
-        Workload("image-reuse-warm", requests=256, images=16, output_tokens=128, primed=True),
-        Workload("image-large", requests=32, images=32, output_tokens=64, image_size=1344, rows=2304),
-        Workload("text", requests=256, images=0, output_tokens=256, rows=None, shared=14),
-        Workload("latency", requests=20, images=20, output_tokens=129, one_by_one=True),
+        BenchWorkload("image-distinct", requests=256, items=256, output_tokens=128),
+        BenchWorkload("image-reuse", requests=256, items=16, output_tokens=128),
+        BenchWorkload("image-reuse-warm", requests=256, items=16, output_tokens=128, primed=True),
+        BenchWorkload("image-large", requests=32, items=32, output_tokens=64, image_size=1344, rows=2304),
+        BenchWorkload("text", requests=256, items=0, output_tokens=256, rows=None, shared=14),
+        BenchWorkload("latency", requests=20, items=20, output_tokens=129, one_by_one=True),
     )
 }
 
@@ -72,7 +53,7 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class PromptMaker:
-    """Builds prompts of exact token counts in a family's template.
+    """Builds prompts of exact token counts in a family's template, or repeats its complete one.
 
     tokenizer, placeholder_id: the model's. The shared part is head, media and the instruction,
     repeated or cut at its end. The own part is one ordinary token that no other request has there, so
@@ -87,15 +68,17 @@ class PromptMaker:
     _cache: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, processor: Processor, pieces: BenchPrompt, *, media: bool) -> PromptMaker:
-        """For a processor's tokenizer, with or without an image."""
+    def of(cls, processor: Processor, pieces: BenchPrompt, modality: Modality | None) -> PromptMaker:
+        """For a processor's tokenizer, with an item of `modality` or none."""
         tokenizer = processor.tokenizer
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
-        return cls(tokenizer, pieces, processor.placeholder_id("image") if media else None, ordinary)
+        return cls(tokenizer, pieces, None if modality is None else processor.placeholder_id(modality), ordinary)
 
-    def ids(self, workload: Workload, number: int) -> list[int]:
-        """Prompt ids of request `number`, the image being one placeholder id."""
+    def ids(self, workload: BenchWorkload, number: int) -> list[int]:
+        """Prompt ids of request `number`, its item being one placeholder id, where it has a place."""
+        if self.pieces.complete is not None:
+            return self._encode(self.pieces.complete)
         head = self._encode(self.pieces.head)
         media = self._encode(self.pieces.media) if self.placeholder_id is not None else []
         tail = self._encode(self.pieces.tail)
@@ -128,28 +111,30 @@ class PromptMaker:
         return self._cache[text]
 
 
-def select(names: str) -> list[Workload]:
-    """Workloads by a comma list of names, or "all". Raises ConfigError for unknown or repeated ones."""
-    if names == "all":
-        return list(WORKLOADS.values())
+def select(names: str, own: Sequence[BenchWorkload] = ()) -> list[BenchWorkload]:
+    """Workloads by a comma list of names: core's, and the plugins' `own`. Raises ConfigError for unknown or
+    repeated ones."""
+    known = {**WORKLOADS, **{w.name: w for w in own}}
     chosen = [name.strip() for name in names.split(",")]
-    unknown = [name for name in chosen if name not in WORKLOADS]
+    unknown = [name for name in chosen if name not in known]
     if unknown or len(set(chosen)) != len(chosen):
         fault = f"{unknown[0]!r} is no workload" if unknown else "a workload is named twice"
-        raise ConfigError(f"--workload {names}: {fault}. There are: {', '.join(WORKLOADS)}, all.")
-    return [WORKLOADS[name] for name in chosen]
+        raise ConfigError(f"--workload {names}: {fault}. There are: {', '.join(known)}, all.")
+    return [known[name] for name in chosen]
 
 
-def resized(workload: Workload, requests: int | None, output_tokens: int | None, image_size: int | None) -> Workload:
-    """A workload with the caller's sizes. With other requests, as many share an image as before. With
+def resized(
+    workload: BenchWorkload, requests: int | None, output_tokens: int | None, image_size: int | None
+) -> BenchWorkload:
+    """A workload with the caller's sizes. With other requests, as many share an item as before. With
     an image size of the caller's, rows are whatever the model makes of it."""
     changes: dict[str, Any] = {}
     if requests is not None:
-        images = max(1, workload.images * requests // workload.requests) if workload.images else 0
-        changes |= {"requests": requests, "images": images}
+        items = max(1, workload.items * requests // workload.requests) if workload.items else 0
+        changes |= {"requests": requests, "items": items}
     if output_tokens is not None:
         changes["output_tokens"] = output_tokens
-    if image_size is not None and workload.images:
+    if image_size is not None and workload.items and workload.modality == "image":
         changes |= {"image_size": image_size, "rows": None}
     return replace(workload, **changes)
 
@@ -166,19 +151,32 @@ def noise_images(name: str, count: int, size: int, seed: int) -> list[Image]:
     return images
 
 
+def noise_clips(name: str, count: int, seconds: float, seed: int) -> list[Any]:
+    """`count` clips of uniform noise, as (float32 samples, rate); the same for the same name, length and seed."""
+    import numpy as np
+
+    length = round(seconds * SAMPLE_RATE)
+    streams = [np.random.default_rng([seed, zlib.crc32(name.encode()), length, index]) for index in range(count)]
+    return [(stream.uniform(-0.5, 0.5, length).astype(np.float32), SAMPLE_RATE) for stream in streams]
+
+
 def make_requests(
-    workload: Workload, maker: PromptMaker, seed: int, rows: int, first: int = 0, media: str | None = None
+    workload: BenchWorkload, maker: PromptMaker, seed: int, rows: int, first: int = 0, media: str | None = None
 ) -> list[BenchRequest]:
-    """The workload's requests, with questions numbered from `first`. rows: of one image in this model.
-    media: the name that images are drawn under (None: the workload's own)."""
-    images = noise_images(media or workload.name, workload.images, workload.image_size, seed)
+    """The workload's requests, with questions numbered from `first`. rows: of one item in this model.
+    media: the name that items are drawn under (None: the workload's own)."""
+    name = media or workload.name
+    items: list[Any]
+    if workload.modality == "audio":
+        items = noise_clips(name, workload.items, workload.seconds, seed)
+    else:
+        items = noise_images(name, workload.items, workload.image_size, seed)
     requests = []
     for index in range(workload.requests):
-        image = images[index % workload.images] if images else None
-        prompt = TextPrompt(
-            prompt_token_ids=maker.ids(workload, first + index),
-            multi_modal_data=None if image is None else {"image": [image]},
-        )
-        count = rows if image is not None else 0
-        requests.append(BenchRequest(prompt, workload.output_tokens, workload.shared + workload.own + count, count))
+        ids = maker.ids(workload, first + index)
+        data: dict[str, Any] | None = {workload.modality: [items[index % len(items)]]} if items else None
+        count = rows if items else 0
+        placed = count + workload.beside - 1 if items and maker.placeholder_id is not None else 0
+        prompt = TextPrompt(prompt_token_ids=ids, multi_modal_data=data)
+        requests.append(BenchRequest(prompt, workload.output_tokens, len(ids) + placed, count))
     return requests

@@ -15,7 +15,7 @@ from mm_core.zoo import default_model
 if TYPE_CHECKING:
     from mm_core.bench.run import Result, Session
 
-_WORKLOADS = "image-distinct, image-reuse, image-reuse-warm, image-large, text, latency"
+_WORKLOADS = "image-distinct, image-reuse, image-reuse-warm, image-large, text, latency, and the family's own"
 _EPILOG = """\
 workloads (prompt tokens -> output tokens):
   image-distinct    256 requests at once, a different 448x448 noise image each   294 -> 128
@@ -24,6 +24,7 @@ workloads (prompt tokens -> output tokens):
   image-large       32 requests at once, a different 1344x1344 image each       2342 -> 64
   text              256 requests at once, no media                                36 -> 256
   latency           one request at a time, an image each           294 -> 1, then 294 -> 129
+Plugins bring their own beside these: llava-distinct, llava-reuse, asr, …
 
 examples:
   mm bench throughput --model qwen2-vl-7b --load-format dummy --workload image-distinct,text --json out.json
@@ -97,11 +98,15 @@ def bench(arguments: argparse.Namespace) -> int:
     from mm_core.bench import report
     from mm_core.bench.dataset import read_dataset
     from mm_core.bench.device import environment
+    from mm_core.bench.models import workloads_of
     from mm_core.bench.run import Session, Settings
     from mm_core.bench.workloads import select
+    from mm_core.plugins import PluginRegistry
 
     one_by_one = arguments.mode == "latency"
-    workloads = select(arguments.workload or ("latency" if one_by_one else "image-distinct"))
+    names = arguments.workload or ("latency" if one_by_one else "image-distinct")
+    if names != "all":
+        select(names, workloads_of(PluginRegistry()))  # a misspelt one is told before a model is loaded
     entries = None
     if arguments.dataset is not None:
         entries = read_dataset(arguments.dataset, arguments.num_requests, arguments.output_tokens)
@@ -115,6 +120,7 @@ def bench(arguments: argparse.Namespace) -> int:
         image_size=arguments.image_size,
     )
     with Session(settings) as session:
+        workloads = session.workloads(names) if entries is None else []
         facts = environment(session.frontend.config.device)
         print(report.startup_text(report.document(session, facts, [])), flush=True)
         done: list[Result] = []
@@ -122,7 +128,7 @@ def bench(arguments: argparse.Namespace) -> int:
             if entries is not None:
                 result = session.dataset(arguments.dataset.stem, entries, one_by_one=one_by_one)
                 _finish(session, result, done, arguments)
-            for workload in workloads if entries is None else ():
+            for workload in workloads:
                 _finish(session, session.workload(workload, one_by_one=one_by_one), done, arguments)
         finally:
             if arguments.json is not None and done:
