@@ -10,7 +10,7 @@ PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyprojec
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench clean
+.PHONY: help demo test test-slow lint docs bench new-plugin clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ docs: $(DOCS_READY)  ## build the documentation site into site/
 
 bench: $(READY)  ## compare with transformers on this machine's CPU
 	$(BIN)/python tests/bench/cpu_vs_transformers.py
+
+new-plugin: $(READY)  ## write a working plugin to begin from: make new-plugin NAME=myfamily
+	$(BIN)/mm new-plugin "$(NAME)" --directory plugins
 
 clean:  ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) build dist site .out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

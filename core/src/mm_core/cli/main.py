@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from mm_core import __version__
 from mm_core.cli import tables
 from mm_core.cli.bench import add_bench_arguments, bench
+from mm_core.cli.new_plugin import add_new_plugin_arguments, new_plugin
 from mm_core.cli.run import add_run_arguments, run
 from mm_core.errors import MMError
 
@@ -48,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="measure throughput and latency", allow_abbrev=False)
     add_bench_arguments(command)
     command.set_defaults(call=bench)
+
+    command = commands.add_parser("new-plugin", help="write a working plugin to begin from", allow_abbrev=False)
+    add_new_plugin_arguments(command)
+    command.set_defaults(call=new_plugin)
 
     command = commands.add_parser("plugins", help="list the installed plugins", allow_abbrev=False)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")

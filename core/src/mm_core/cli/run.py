@@ -22,7 +22,7 @@ _SUFFIXES = {
     "video": {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"},
     "audio": {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"},
 }
-_USAGE = 'mm run [MODEL] "PROMPT" [--image PATH] [--video PATH] [options]'
+_USAGE = 'mm run [MODEL] "PROMPT" [--image PATH] [--video PATH] [--audio PATH] [options]'
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     media = parser.add_argument_group("media")
     media.add_argument("--image", action="append", default=[], metavar="PATH", help="an image; repeat for several")
     media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video; repeat for several")
+    media.add_argument("--audio", action="append", default=[], metavar="PATH", help="a recording; repeat for several")
     media.add_argument("--media", nargs="+", action="extend", default=[], metavar="PATH", help="media of --modality")
-    media.add_argument("--modality", choices=("text", "image", "video"), help="what --media are (else: by suffix)")
+    kinds = ("text", *_SUFFIXES)
+    media.add_argument("--modality", choices=kinds, help="what --media are (else: by suffix)")
     output = parser.add_argument_group("output")
     output.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most N tokens (default 256)")
     output.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best token always")
@@ -96,13 +98,13 @@ def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
 
 
 def _media(arguments: argparse.Namespace) -> Mapping[str, list[Any]]:
-    data: dict[str, list[Any]] = {"image": list(arguments.image), "video": list(arguments.video)}
+    data: dict[str, list[Any]] = {kind: list(getattr(arguments, kind)) for kind in _SUFFIXES}
     for path in arguments.media:
         if arguments.modality == "text":
             _refuse(arguments, "--modality text takes no --media")
         kind = arguments.modality or _kind(path)
         if kind is None:
-            _refuse(arguments, f"what is {path}? Say --modality image or --modality video")
+            _refuse(arguments, f"what is {path}? Say --modality image, video or audio")
         data.setdefault(kind, []).append(path)
     given = {kind: [_value(path) for path in paths] for kind, paths in data.items() if paths}
     if arguments.modality is not None and (other := set(given) - {arguments.modality}):
