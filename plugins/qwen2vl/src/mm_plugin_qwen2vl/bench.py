@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mm_core.hookspecs import BenchFamily, BenchModel, BenchPrompt, hookimpl
+from mm_core.benchspecs import BenchFamily, BenchModel, BenchPrompt
+from mm_core.hookspecs import hookimpl
 
 SPECIAL_TOKENS: Mapping[str, int] = {
     "<|endoftext|>": 151643,
