@@ -9,20 +9,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from mm_core.plugins import PluginInfo, PluginRegistry
+from mm_core.plugins import PluginRegistry
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
 
-def table(infos: list[PluginInfo]) -> str:
+def table(registry: PluginRegistry) -> str:
     """Markdown: one row an architecture."""
     lines = ["| architecture (`config.json`) | media | plugin | version |", "|---|---|---|---|"]
-    for info in infos:
+    infos = {info.name: info for info in registry.describe()}
+    for info in infos.values():
         if info.error is not None:
             raise SystemExit(f"Plugin {info.label} is not used: {info.error}")
-        media = ", ".join(("text", *info.modalities))
-        lines += [f"| `{name}` | {media} | `{info.distribution}` | {info.version} |" for name in info.architectures]
+    for owner in registry.owners("mm_families"):
+        info, media = infos[owner.plugin], ", ".join(owner.family.modalities)
+        lines += [f"| `{a}` | {media} | `{info.distribution}` | {info.version} |" for a in owner.family.architectures]
     return "\n".join(lines)
 
 
@@ -31,7 +33,7 @@ def updated(text: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{README.name} needs the lines {BEGIN} and {END}, once each.")
     head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table(PluginRegistry().describe())}\n{END}{rest.split(END)[1]}"
+    return f"{head}{BEGIN}\n{table(PluginRegistry())}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
