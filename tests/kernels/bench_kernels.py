@@ -86,7 +86,7 @@ def decode_row(name: str, lens: list[int], heads: int, kv_heads: int, size: int,
     plain = timed(name, amount, None)
     if part is None:
         return [plain]
-    plan = plan_shared_prefixes(batches[0][3].cpu().numpy(), np.array(lens, np.int32), block)
+    plan = plan_shared_prefixes(batches[0][3].cpu().numpy(), np.array(lens, np.int32), block, min_saved=1)
     assert plan is not None
     shared = SharedPrefixes(*(torch.from_numpy(x).to(DEVICE) for x in (plan.members, plan.bounds, plan.lens)))
     least = amount - 4 * plan.saved * kv_heads * size

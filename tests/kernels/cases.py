@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
+COMPILING = False  # set by compile_only.py, where launches only compile
 HALF_TYPES = [torch.float16, torch.bfloat16]
 # bfloat16 arithmetic is wrong in the interpreter, and float16 tells no more than float32 there.
 TRITON_DTYPES = [torch.float32, *HALF_TYPES] if CUDA else [torch.float32]

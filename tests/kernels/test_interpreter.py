@@ -36,13 +36,13 @@ def test_launch_sizes_are_powers_of_two(dtype, head_size, group):
     sizes = [*rope_launch(group, head_size // 2)]
     for memory in (99 * 1024, 227 * 1024):
         for rows in (1, 64, 8192):
-            shared = shared_tiles(dtype, head_size, rows * group)
-            assert shared.rows >= 16
-            sizes += [shared.rows, shared.keys, shared.warps]
             tiles = prefill_tiles(dtype, head_size, rows * group, group, shared_memory=memory)
             assert tiles.rows >= max(16, group)
             assert tiles.keys >= 16
             sizes += [tiles.rows, tiles.keys, tiles.warps]
+    shared = shared_tiles(dtype, head_size, group)
+    assert shared.rows >= 16
+    sizes += [shared.rows, shared.keys, shared.warps]
     steps = decode_tiles(dtype, head_size)
     assert steps.keys >= 16
     sizes += [steps.keys, steps.warps]

@@ -36,6 +36,14 @@ def test_on_this_machine(rows, size):
         assert_close(kernels.linear(x[None], weight)[0], reference.linear(x, weight))
         assert_close(kernels.gated_linear(x, weight), reference.gated_linear(x, weight))
         assert kernels.gated_linear(x[None], weight).shape == (1, rows, size[0] // 2)
+        assert_close(kernels.gelu_linear(x, weight, bias), reference.gelu_linear(x, weight, bias))
+        scale, shift = (randn(size[1], seed=i, device=device, dtype=dtype) for i in (4, 5))
+        norm = kernels.AddNorm(randn(rows, size[1], seed=6, device=device, dtype=dtype), scale, shift, 1e-5)
+        for gelu in (False, True):
+            found = kernels.norm_linear(x, norm._replace(residual=norm.residual.clone()), weight, bias, gelu=gelu)
+            wanted = reference.norm_linear(x, norm._replace(residual=norm.residual.clone()), weight, bias, gelu=gelu)
+            assert_close(found[0], wanted[0])
+            assert_close(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -138,6 +146,21 @@ def test_choice_fits():
     assert choose(8, 37880, 3584, True) is None, "features do not come in eights"
 
 
+def test_whole_rows_fit():
+    """Powers of two, or no choice at all."""
+    pytest.importorskip("triton.experimental.gluon")
+    from mm_core.kernels._triton.linear_row import choose_row, parts
+
+    for count, width in itertools.product((1280, 3840, 5120, 1536, 2048, 999, 64), (1280, 5120, 1024, 768, 1536, 1000)):
+        config = choose_row(count, width)
+        if config is not None:
+            assert sum(parts(width)) == width
+            assert all(n & (n - 1) == 0 and n > 0 for n in (*parts(width), *config))
+    assert choose_row(3840, 1280) is not None
+    assert choose_row(1280, 5120) is not None
+    assert choose_row(1280, 1000) is None
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_layers(bias):
     """Linear and GatedMLP are the ops, with and without a bias."""
@@ -149,3 +172,28 @@ def test_layers(bias):
     hidden = reference.linear(x, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias)
     down = reference.linear(reference.silu_and_mul(hidden), mlp.down_proj.weight, mlp.down_proj.bias)
     assert_close(mlp(x), down)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("size", [(200, 192), (64, 640)], ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_whole_rows_triton(backend, size, gelu):
+    """With and without the norm and the bias."""
+    device = device_of(backend)
+    from mm_core.kernels._triton.linear_row import RowConfig, row_linear
+
+    for dtype in dtypes_of(backend):
+        x, weight, bias = operands(1, *size, seed=6, device=device, dtype=dtype)
+        residual, scale, shift = (randn(size[1], seed=i, device=device, dtype=dtype) for i in (7, 8, 9))
+        norm, kept = kernels.AddNorm(residual[None], scale, shift, 1e-5), residual.clone()
+        for added in (None, bias):
+            for before in (None, norm):
+                out, total = row_linear(x, weight, added, RowConfig(4, 4), norm=before, gelu=gelu)
+                if before is None:
+                    assert_close(out, (reference.gelu_linear if gelu else reference.linear)(x, weight, added))
+                    continue
+                before = norm._replace(residual=residual.clone()[None])
+                wanted = reference.norm_linear(x, before, weight, added, gelu=gelu)
+                assert_close(out, wanted[0])
+                assert torch.equal(total, wanted[1])
+                assert torch.equal(residual, kept)

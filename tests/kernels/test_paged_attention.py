@@ -4,6 +4,7 @@ from kernels.cases import (
     BACKENDS,
     CUDA,
     HALF_TYPES,
+    TRITON_DTYPES,
     PagedCase,
     PagedInputs,
     assert_close,
@@ -27,6 +28,8 @@ DECODE = [
     PagedCase([1, 1], [600, 90], 5, 1, 80, 16),  # several splits, some of them empty
     PagedCase([1, 1], [300, 20], 4, 2, 64, 64, bias="head"),
     PagedCase([1, 1, 1], [40, 7, 0], 2, 2, 96, 32, causal=False, bias="shared"),
+    PagedCase([1, 1], [300, 20], 3, 3, 16, 16),  # each head's last split merges
+    PagedCase([0, 1, 1], [0, 131, 200], 2, 2, 64, 16, causal=False),
 ]
 
 
@@ -129,7 +132,7 @@ def test_chunks_from_fresh_keys_triton(monkeypatch, num_decodes, case):
     packed = attention_packed.packed
     monkeypatch.setattr(attention_packed, "packed_pays", lambda *_: True)
     monkeypatch.setattr(attention_packed, "packed", lambda *args, **options: taken.append(packed(*args, **options)))
-    for dtype in HALF_TYPES if CUDA else [torch.float32]:
+    for dtype in HALF_TYPES if CUDA else TRITON_DTYPES:
         inputs = build(case, dtype, device)
         out = torch.full(inputs.args[0].shape, float("nan"), dtype=dtype, device=device)
         options = {"num_decodes": num_decodes, "fresh": fresh_of(inputs, case)}
@@ -138,6 +141,28 @@ def test_chunks_from_fresh_keys_triton(monkeypatch, num_decodes, case):
         assert_close(out[: inputs.num_tokens], expected[: inputs.num_tokens])
         assert out[inputs.num_tokens :].isnan().all()
     assert taken
+
+
+PACKED = [
+    (2, 1, PagedCase([1, 1, 0, 1], [33, 100, 5, 1], 4, 4, 64, 16, causal=False)),
+    (4, 1, PagedCase([1, 1, 1], [70, 0, 31], 8, 4, 32, 16)),
+    (2, 3, PagedCase([1, 1], [300, 20], 6, 2, 64, 64, bias="head")),
+]
+
+
+@pytest.mark.parametrize(("pack", "splits", "case"), PACKED, ids=str)
+def test_key_heads_side_by_side_triton(pack, splits, case):
+    device = device_of("triton")
+    from mm_core.kernels._triton.attention_decode import DecodeTiles, decode
+
+    for dtype in TRITON_DTYPES:
+        inputs = build(case, dtype, device)
+        out = torch.full(inputs.args[0].shape, float("nan"), dtype=dtype, device=device)
+        given = {name: inputs.kwargs[name] for name in ("max_kv_len", "scale", "causal", "bias")}
+        decode(*inputs.args, out, **given, tiles=DecodeTiles(32, 4, 2, pack), num_splits=splits)
+        expected = reference.paged_attention(*inputs.wide(), **inputs.kwargs)
+        assert_close(out[: inputs.num_tokens], expected[: inputs.num_tokens])
+        assert out[inputs.num_tokens :].isnan().all()
 
 
 @pytest.mark.gpu

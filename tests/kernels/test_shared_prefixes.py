@@ -113,7 +113,7 @@ def shared_of(plan: SharedPlan) -> dict[frozenset[int], int]:
 def test_a_picture_for_each_group():
     groups = [(17, [i for i in range(256) if i % 16 == g]) for g in range(16)]
     tables, kv_lens = tables_of(256, 32, groups), np.arange(300, 300 + 256, dtype=np.int32) % 100 + 300
-    plan = plan_shared_prefixes(tables, kv_lens, BLOCK)
+    plan = plan_shared_prefixes(tables, kv_lens, BLOCK, min_saved=240 * 272)
     assert plan is not None
     check_plan(plan, tables, kv_lens)
     assert shared_of(plan) == {frozenset(seqs): 272 for _, seqs in groups}
@@ -140,12 +140,12 @@ def test_nested_prefixes_save_the_most():
 
 def test_nothing_worth_sharing():
     kv_lens = np.full(16, 500, np.int32)
-    assert plan_shared_prefixes(tables_of(16, 32, []), kv_lens, BLOCK) is None
+    assert plan_shared_prefixes(tables_of(16, 32, []), kv_lens, BLOCK, min_saved=1) is None
     few = tables_of(16, 32, [(10, [3, 4])])
-    assert plan_shared_prefixes(few, kv_lens, BLOCK) is None
+    assert plan_shared_prefixes(few, kv_lens, BLOCK, min_saved=161) is None
     assert plan_shared_prefixes(few, kv_lens, BLOCK, min_saved=160) is not None
     assert plan_shared_prefixes(tables_of(16, 32, [(1, range(16))]), kv_lens, BLOCK, min_saved=1) is None
-    assert plan_shared_prefixes(few[:0], kv_lens[:0], BLOCK) is None
+    assert plan_shared_prefixes(few[:0], kv_lens[:0], BLOCK, min_saved=1) is None
     assert plan_shared_prefixes(few, np.full(16, 1, np.int32), BLOCK, min_saved=1) is None
 
 

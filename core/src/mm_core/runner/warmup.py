@@ -41,6 +41,7 @@ _ALLOCATE = frozenset(
 # The hook and the interpreter's switch interval belong to the whole process: of two engines that start at
 # once, one waits for the other here.
 _ONE_AT_A_TIME = threading.Lock()
+_LOADING = threading.Lock()
 
 
 class KernelCompiler:
@@ -52,6 +53,7 @@ class KernelCompiler:
     """
 
     def __init__(self, device: torch.device, workers: int | None = None) -> None:
+        _load_one_at_a_time()
         self._device = device
         self._pool = ThreadPoolExecutor(workers or min(_MAX_WORKERS, os.cpu_count() or 1), "mm-core-compile")
         self._seen: set[tuple[int, str]] = set()
@@ -115,6 +117,29 @@ class KernelCompiler:
         torch.cuda.set_device(self._device)
         kernel = function.preload(description)
         _ = getattr(kernel, "run", None)  # builds the launcher and loads the code, else the first launch does
+
+
+def _load_one_at_a_time() -> None:
+    """Let threads build launchers side by side, but load them one after another.
+
+    All are extension modules of one name. With many threads loading them from the disk at once, some kernels
+    were given another one's launcher ("function takes exactly 69 arguments (25 given)").
+    """
+    try:
+        from triton.runtime import build
+    except ImportError:  # no Triton: nothing is compiled
+        return
+    load = getattr(build, "_load_module_from_path", None)
+    if load is None or getattr(load, "one_at_a_time", False):
+        return
+
+    @functools.wraps(load)
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    load_alone.one_at_a_time = True  # type: ignore[attr-defined]
+    build._load_module_from_path = load_alone
 
 
 class _ZeroedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]

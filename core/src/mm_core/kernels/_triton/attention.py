@@ -124,7 +124,8 @@ def split_size(length, num_splits, min_keys, STEP: tl.constexpr):
 @triton.jit
 def log_sum(row_max, row_sum):
     """Base-2 logarithm of a softmax's sum, -inf for rows without keys."""
-    return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+    # Without keys the maximum is -inf.
+    return row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
 
 
 @triton.jit

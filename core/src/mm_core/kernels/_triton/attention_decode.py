@@ -13,12 +13,91 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mm_core.kernels._triton.attention import add_partials, attend, finish, log_sum, split_size
 from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, stride_unit
 from mm_core.kernels._triton.attention_shared import SharedPart, shared_by
+from mm_core.kernels._triton.launch import can_start_early, launch_options
 
 MAX_SPLITS = 128
+LINE = 128  # bytes of a line of the L2 cache
+AHEAD = 128  # keys whose way into the L2 cache begins while the kernel before still runs
+
+
+@triton.jit
+def own_dims(rows, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1 or M, BLOCK_D]: each dim of PACK key heads as a dim of the row's own one, outside [0, D) where it is not."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    if PACK > 1:
+        dims = dims - (rows // GROUP * D)[:, None]
+    return dims
+
+
+@triton.jit
+def fetch_ahead(ptr, table_ptr, lo, hi, stride_b, stride_t, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+                LINES: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Asks for WIDTH elements of each of the first KEYS keys from lo on: into L2, so they may still be written.
+    Not so the table and the lengths, which no kernel that lets others start early writes."""
+    keys = lo + tl.arange(0, KEYS)
+    blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < hi, other=0).to(tl.int64)
+    rows = ptr + blocks * stride_b + (keys % BLOCK_SIZE).to(tl.int64) * stride_t
+    at = rows[:, None] + tl.minimum(tl.arange(0, LINES) * (1024 // ptr.dtype.element_ty.primitive_bitwidth), WIDTH - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A softmax's state before the first key."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return tl.zeros([BLOCK_M, BLOCK_D], tl.float32), row_max, tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def merge_splits(
+    out_ptr, partial_ptr, lse_ptr, used, dims, D: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):  # fmt: skip
+    """Some dims of one head: out = sum_i 2^(lse_i - lse) partial_i over the `used` splits."""
+    splits = tl.arange(0, BLOCK_SPLITS)
+    # Not from L1: other multiprocessors wrote them, maybe during this very kernel.
+    lse = tl.load(lse_ptr + splits, mask=splits < used, other=float("-inf"), cache_modifier=".cg")
+    # Unused splits wrote nothing: what lies there may be NaN and must not be loaded.
+    loadable = (splits < used)[:, None] & (dims[None, :] < D)
+    at = partial_ptr + splits[:, None] * D + dims[None, :]
+    parts = tl.load(at, mask=loadable, other=0.0, cache_modifier=".cg")
+    best = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(weights, 0)
+    result = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def merge_last(
+    out_ptr, partial_ptr, lse_ptr, count_ptr, at, used, num_splits, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Counts one split of head `at` as done; the last of the `used` ones merges them."""
+    tl.debug_barrier()  # all that this program stored comes before
+    if tl.atomic_add(count_ptr + at, 1, sem="acq_rel", scope="gpu") == used - 1:
+        tl.atomic_xchg(count_ptr + at, 0, sem="relaxed", scope="gpu")
+        first = at.to(tl.int64) * num_splits
+        dims = tl.arange(0, BLOCK_D)
+        merge_splits(out_ptr, partial_ptr + first * D, lse_ptr + first, used, dims, D, BLOCK_SPLITS)
+
+
+@triton.jit
+def split_bounds(own, kv_len, split, num_splits, min_keys, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """Keys [lo, hi) of one split of a sequence's own ones, and how many splits there are."""
+    lo, hi, used = own, kv_len, 1
+    if SPLIT:
+        size = split_size(kv_len - own, num_splits, min_keys, STEP)
+        lo = own + split * size
+        hi = tl.minimum(lo + size, kv_len)
+        used = tl.cdiv(kv_len - own, size)
+    return lo, hi, used
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_keys", "num_shared_splits"], do_not_specialize_on_alignment=INTEGERS)
@@ -26,6 +105,7 @@ def decode_kernel(
     out_ptr,  # [T, Hq, D]
     partial_ptr,  # float32 [S, Hq, num_splits, D] when SPLIT
     lse_ptr,  # float32 [S, Hq, num_splits], base 2
+    count_ptr,  # int32 [S * Hkv / PACK], zeros, when COUNTED
     q_ptr,
     k_ptr,
     v_ptr,
@@ -57,6 +137,7 @@ def decode_kernel(
     stride_bq,
     stride_bk,
     GROUP: tl.constexpr,
+    PACK: tl.constexpr,  # key heads of one program, whose keys lie side by side
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,68 +153,77 @@ def decode_kernel(
     BLOCK_S: tl.constexpr,
     STEP: tl.constexpr,  # splits and shared keys end at multiples of it
     UNIT: tl.constexpr,
+    COUNTED: tl.constexpr,  # the last split to end merges them
+    BLOCK_SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,  # keys to fetch ahead
+    LINES: tl.constexpr,  # of the cache that a key takes
 ):
-    """One program: the GROUP query heads of one key head of one sequence, over one split of its own keys."""
+    """One program: the GROUP query heads of each of PACK key heads of one sequence, over one split of its own keys.
+
+    PACK key heads are taken for a single one of PACK * D dims: a query head has zeros where the others' dims are,
+    and of its result only its own are kept. Tensor cores multiply 16 rows in any case.
+    """
     stride_ot, stride_oh = stride_ot * UNIT, stride_oh * UNIT
     stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
     stride_kb, stride_kt, stride_kh = stride_kb * UNIT, stride_kt * UNIT, stride_kh * UNIT
     stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
-    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pack, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if EARLY:
+        gdc_launch_dependents()
     own = 0
     if SHARED:
         seq, own = shared_by(seq, members_ptr, bounds_ptr, lens_ptr, tl.num_programs(1), BLOCK_S)
-    token = tl.load(cu_seqlens_ptr + seq)
-    if tl.load(cu_seqlens_ptr + seq + 1) <= token:
-        return
+    token, next_token = tl.load(cu_seqlens_ptr + seq), tl.load(cu_seqlens_ptr + seq + 1)
     kv_len = tl.load(kv_lens_ptr + seq)
-    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    heads = kv_head * GROUP + rows
-    row_ok = rows < GROUP
-    io_mask = row_ok[:, None] & (dims[None, :] < D)
-    at = (seq * (tl.num_programs(0) * GROUP) + heads).to(tl.int64)
-
-    lo, hi = own, kv_len
-    if SPLIT:
-        size = split_size(kv_len - own, num_splits, min_keys, STEP)
-        lo = own + split * size
-        if (lo >= kv_len) & (split > 0):
-            return
-        hi = tl.minimum(lo + size, kv_len)
-
-    q_at = q_ptr + token.to(tl.int64) * stride_qt + heads[:, None] * stride_qh + dims[None, :]
-    q = tl.load(q_at, mask=io_mask, other=0.0)
+    lo, hi, used = split_bounds(own, kv_len, split, num_splits, min_keys, STEP, SPLIT)
+    k_ptr += (pack * PACK).to(tl.int64) * stride_kh
+    v_ptr += (pack * PACK).to(tl.int64) * stride_vh
+    table_ptr += seq.to(tl.int64) * stride_table
+    if EARLY:
+        if AHEAD > 0:
+            fetch_ahead(k_ptr, table_ptr, lo, hi, stride_kb, stride_kt, D * PACK, AHEAD, LINES, BLOCK_SIZE)
+            fetch_ahead(v_ptr, table_ptr, lo, hi, stride_vb, stride_vt, D * PACK, AHEAD, LINES, BLOCK_SIZE)
+        gdc_wait()
+    if (next_token <= token) | ((lo >= kv_len) & (split > 0)):
+        return
+    rows = tl.arange(0, BLOCK_M)
+    heads = pack * (GROUP * PACK) + rows
+    row_ok = rows < GROUP * PACK
+    dims = own_dims(rows, GROUP, PACK, D, BLOCK_D)
+    io_mask = row_ok[:, None] & (dims >= 0) & (dims < D)
+    at = (seq * (tl.num_programs(0) * GROUP * PACK) + heads).to(tl.int64)
+    q_ptr += token.to(tl.int64) * stride_qt
+    q = tl.load(q_ptr + heads[:, None] * stride_qh + dims, mask=io_mask, other=0.0)
     bias_at = bias_ptr + heads[:, None].to(tl.int64) * stride_bh
     if CAUSAL:
         bias_at += (kv_len - 1).to(tl.int64) * stride_bq
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    k_ptr += kv_head.to(tl.int64) * stride_kh
-    v_ptr += kv_head.to(tl.int64) * stride_vh
-    table_ptr += seq.to(tl.int64) * stride_table
+    acc, row_max, row_sum = no_keys(BLOCK_M, BLOCK_D)
     # The newest token sees every key: no causal mask. One masked loop is sooner done than a bare one and a rest.
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
         bias_at, stride_bk, row_ok[:, None], lo, hi, hi, rows, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=STEP,
+        D * PACK, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=STEP,
     )  # fmt: skip
-    if SHARED:  # noqa: SIM102 (decided when compiled, unlike the next)
-        if (own > 0) & (split == 0):
-            count = tl.cdiv(own, split_size(own, num_shared_splits, SHARED_KEYS, SHARED_BLOCK))
-            acc, row_max, row_sum = add_partials(
-                acc, row_max, row_sum, shared_ptr, shared_lse_ptr, at * num_shared_splits, count, row_ok, D, BLOCK_D
-            )
+    if SHARED:
+        count = tl.cdiv(own, split_size(own, num_shared_splits, SHARED_KEYS, SHARED_BLOCK)) * (split == 0).to(tl.int32)
+        acc, row_max, row_sum = add_partials(
+            acc, row_max, row_sum, shared_ptr, shared_lse_ptr, at * num_shared_splits, count, row_ok, D, BLOCK_D
+        )
     result = finish(acc, row_sum)
+    out_ptr += token.to(tl.int64) * stride_ot
     whole = True
     if SPLIT:
         whole = (split == 0) & (hi >= kv_len)
         if not whole:
             partial = at * num_splits + split
             tl.store(lse_ptr + partial, log_sum(row_max, row_sum), mask=row_ok)
-            tl.store(partial_ptr + partial[:, None] * D + dims[None, :], result, mask=io_mask)
+            tl.store(partial_ptr + partial[:, None] * D + dims, result, mask=io_mask)
+            if COUNTED:
+                out_at, at_head = out_ptr + pack * stride_oh, seq * tl.num_programs(0) + pack
+                merge_last(out_at, partial_ptr, lse_ptr, count_ptr, at_head, used, num_splits, D, BLOCK_D, BLOCK_SPLITS)
     if whole:
-        out_at = out_ptr + token.to(tl.int64) * stride_ot + heads[:, None] * stride_oh + dims[None, :]
-        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=io_mask)
+        tl.store(out_ptr + heads[:, None] * stride_oh + dims, result.to(out_ptr.dtype.element_ty), mask=io_mask)
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_keys"], do_not_specialize_on_alignment=INTEGERS[1:])
@@ -156,8 +246,11 @@ def combine_kernel(
     SHARED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program: BLOCK_D dims of one head of a sequence of several splits. out = sum_i 2^(lse_i - lse) partial_i."""
+    """One program: BLOCK_D dims of one head of a sequence of several splits."""
+    if EARLY:
+        gdc_launch_dependents()
     head = tl.program_id(0)
     seq = tl.program_id(1)
     own = 0
@@ -166,21 +259,15 @@ def combine_kernel(
     token = tl.load(cu_seqlens_ptr + seq)
     length = tl.load(kv_lens_ptr + seq) - own
     used = tl.cdiv(length, split_size(length, num_splits, min_keys, STEP))
+    if EARLY:
+        gdc_wait()
     if (used <= 1) | (tl.load(cu_seqlens_ptr + seq + 1) <= token):
         return
-    splits = tl.arange(0, BLOCK_SPLITS)
-    dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    at = (seq * tl.num_programs(0) + head).to(tl.int64) * num_splits + splits
-    lse = tl.load(lse_ptr + at, mask=splits < used, other=float("-inf"))
-    best = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
-    # Unused splits wrote nothing: what lies there may be NaN and must not be loaded.
-    loadable = (splits < used)[:, None] & (dims[None, :] < D)
-    parts = tl.load(partial_ptr + at[:, None] * D + dims[None, :], mask=loadable, other=0.0)
-    total = tl.sum(weights, 0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    out_at = out_ptr + token.to(tl.int64) * stride_ot + head * stride_oh + dims
-    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=dims < D)
+    at = (seq * tl.num_programs(0) + head).to(tl.int64) * num_splits
+    merge_splits(
+        out_ptr + token.to(tl.int64) * stride_ot + head * stride_oh, partial_ptr + at * D, lse_ptr + at, used,
+        tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D), D, BLOCK_SPLITS,
+    )  # fmt: skip
 
 
 def num_decode_splits(num_programs: int, max_kv_len: int, num_processors: int) -> tuple[int, int]:
@@ -194,12 +281,28 @@ def num_decode_splits(num_programs: int, max_kv_len: int, num_processors: int) -
     return max(1, min(wanted, triton.cdiv(max_kv_len, min_keys), MAX_SPLITS)), min_keys
 
 
+_COUNTERS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def counters(k_cache: Tensor, size: int) -> Tensor:
+    """Counters of finished splits, zero; every launch leaves them so. Each cache has its own, because kernels on
+    two streams run at once, and those do not share a cache."""
+    key = (k_cache.data_ptr(), k_cache.device)
+    found = _COUNTERS.get(key)
+    if found is None:
+        found = torch.zeros(size, dtype=torch.int32, device=k_cache.device)
+        if not (k_cache.is_cuda and torch.cuda.is_current_stream_capturing()):  # zeroed by that graph alone, else
+            _COUNTERS[key] = found
+    return found
+
+
 class DecodeTiles(NamedTuple):
-    """Sizes of one decode program: keys a step, warps, pipeline stages."""
+    """Sizes of one decode program: keys a step, warps, pipeline stages, key heads."""
 
     keys: int
     warps: int
     stages: int
+    pack: int = 1
 
 
 def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
@@ -207,6 +310,31 @@ def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
     if dtype == torch.float32 or head_size > 128:
         return DecodeTiles(32, 4, 2)
     return DecodeTiles(64, 4, 2)
+
+
+def _packed(size: DecodeTiles, k_cache: Tensor, v_cache: Tensor, shared: SharedPart | None) -> DecodeTiles:
+    """One key head a program where several do not lie side by side, or partial results are to be added."""
+    _, _, num_heads, head_size = k_cache.shape
+    apart = num_heads % size.pack or (k_cache.stride(2), v_cache.stride(2)) != (head_size, head_size)
+    return size._replace(pack=1) if apart or shared is not None else size
+
+
+def early_options(device: torch.device) -> dict[str, bool]:
+    """What both kernels' launches need to start early, where the device can."""
+    early = can_start_early(device)
+    return {"EARLY": early, **launch_options(early)}
+
+
+def lines_of_key(k_cache: Tensor, pack: int) -> int:
+    """Lines of the cache that a key of `pack` heads takes, as a power of two."""
+    return triton.next_power_of_2(triton.cdiv(k_cache.shape[3] * pack * k_cache.element_size(), LINE))
+
+
+def room(q: Tensor, num_seqs: int, splits: int) -> tuple[Tensor, Tensor]:
+    """Float32 results [S, Hq, splits, D] and logarithms of sums [S, Hq, splits]."""
+    shape = (num_seqs, q.shape[1], splits)
+    partial = torch.empty((*shape, q.shape[2]), dtype=torch.float32, device=q.device)
+    return partial, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def decode(
@@ -236,36 +364,35 @@ def decode(
         return
     group = num_heads // num_kv_heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    programs = num_seqs * num_kv_heads
+    size = _packed(tiles or decode_tiles(q.dtype, head_size), k_cache, v_cache, shared)
+    programs = num_seqs * num_kv_heads // size.pack
     splits, min_keys = num_decode_splits(programs, max_kv_len, processors)
     splits = num_splits or splits
-    partial, lse = out, out
-    if splits > 1:
-        partial = torch.empty((num_seqs, num_heads, splits, head_size), dtype=torch.float32, device=q.device)
-        lse = torch.empty((num_seqs, num_heads, splits), dtype=torch.float32, device=q.device)
+    # A program merges what one head left; of several heads it would take longer than another launch does.
+    counted = splits > 1 and group * size.pack == 1 and programs <= processors
+    count = counters(k_cache, processors) if counted else out
+    partial, lse = room(q, num_seqs, splits) if splits > 1 else (out, out)
     part = shared or SharedPart(cu_seqlens_q, cu_seqlens_q, cu_seqlens_q, out, out, 1, 1, 1)
     strides = (*out.stride()[:2], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     unit = stride_unit(strides)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
-    rows = max(16, triton.next_power_of_2(group))
-    size = tiles or decode_tiles(q.dtype, head_size)
     step = math.gcd(block_size, size.keys)
     over = {"SHARED": shared is not None, "BLOCK_S": triton.next_power_of_2(num_seqs) if shared else 1}
-    decode_kernel[(num_kv_heads, num_seqs, splits)](
-        out, partial, lse, q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, q if bias is None else bias,
+    over |= {"BLOCK_SPLITS": triton.next_power_of_2(splits), **early_options(q.device)}
+    decode_kernel[(num_kv_heads // size.pack, num_seqs, splits)](
+        out, partial, lse, count, q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, q if bias is None else bias,
         part.members, part.bounds, part.lens, part.results, part.lse, splits, min_keys, part.splits, scale * LOG2_E,
         *(stride // unit for stride in strides), block_tables.stride(0), *bias_strides,
-        GROUP=group, D=head_size, BLOCK_M=rows, BLOCK_N=size.keys,
-        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=block_size,
+        GROUP=group, PACK=size.pack, D=head_size, BLOCK_M=max(16, triton.next_power_of_2(group * size.pack)),
+        BLOCK_N=size.keys, BLOCK_D=max(16, triton.next_power_of_2(head_size * size.pack)), BLOCK_SIZE=block_size,
         CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0, SPLIT=splits > 1,
-        SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block, STEP=step, UNIT=unit, **over,
+        SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block, STEP=step, UNIT=unit, COUNTED=counted,
+        AHEAD=AHEAD if splits > 1 else 0, LINES=lines_of_key(k_cache, size.pack), **over,
         num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if splits > 1:
-        dims = triton.next_power_of_2(head_size)
-        dims = min(dims, 32) if num_seqs * num_heads < 2 * processors else dims
+    if splits > 1 and not counted:
+        dims = triton.next_power_of_2(min(head_size, 32 if num_seqs * num_heads < 2 * processors else head_size))
         combine_kernel[(num_heads, num_seqs, triton.cdiv(head_size, dims))](
             out, partial, lse, cu_seqlens_q, kv_lens, part.members, part.bounds, part.lens, splits, min_keys,
-            *out.stride()[:2], D=head_size, BLOCK_D=dims, STEP=step, **over,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True,
+            *out.stride()[:2], D=head_size, BLOCK_D=dims, STEP=step, **over, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -220,7 +220,7 @@ def prefill(
         *(stride // unit for stride in strides),
         0 if block_tables is None else block_tables.stride(0), *bias_strides,
         GROUP=group, D=head_size, BLOCK_M=size.rows, BLOCK_Q=block_q, BLOCK_N=size.keys,
-        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k.shape[1] if paged else 1,
+        BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=k.shape[1] if paged else 1,
         PAGED=paged, CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0,
         UNIT=unit, num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -19,6 +19,9 @@ from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, stride_u
 # Shared keys are split so that few groups fill the multiprocessors, in pieces of at least so many keys.
 MAX_SHARED_SPLITS = 8
 MIN_SHARED_KEYS = 128
+# Programs a multiprocessor: they share out the work that there is. A grid for all that there could be, in a graph
+# captured for the largest batch, took longer to end its idle programs than the rest to do the work.
+PROGRAMS = 8
 
 
 class SharedPart(NamedTuple):
@@ -87,27 +90,52 @@ def shared_kernel(
     MIN_KEYS: tl.constexpr,
     SCALE_LATE: tl.constexpr,
     UNIT: tl.constexpr,
+    KV_HEADS: tl.constexpr,
 ):
-    """One program: the query heads of one key head of MEMBERS members of one group, over one split of its keys."""
+    """A piece of work: the query heads of one key head of MEMBERS members of one group, over one split of its
+    keys. A program does every so many-th of them."""
     stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
     stride_kb, stride_kt, stride_kh = stride_kb * UNIT, stride_kt * UNIT, stride_kh * UNIT
     stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    tile = tl.program_id(2)
-    # Group g owns the tiles from bounds[g] // MEMBERS + g on: at least as many as it needs.
     groups = tl.arange(0, BLOCK_S)
-    starts = tl.load(bounds_ptr + groups, mask=groups < num_seqs, other=0)
-    group = tl.sum(((starts // MEMBERS + groups <= tile) & (groups < num_seqs)).to(tl.int32), 0) - 1
+    known = groups < num_seqs
+    starts = tl.load(bounds_ptr + groups, mask=known, other=0)
+    ends = tl.load(bounds_ptr + 1 + groups, mask=known, other=0)
+    shares = known & (tl.load(lens_ptr + groups, mask=known, other=0) > 0)
+    # Group g owns tiles [last[g - 1], last[g]).
+    last = tl.cumsum(tl.where(shares, tl.cdiv(ends - starts, MEMBERS), 0), 0)
+    pieces = tl.max(last, 0) * num_splits * KV_HEADS
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        kv_head = piece % KV_HEADS
+        split = piece // KV_HEADS % num_splits
+        tile = piece // KV_HEADS // num_splits
+        group = tl.sum((last <= tile).to(tl.int32), 0)
+        before = tl.max(tl.where(last <= tile, last, 0), 0)
+        shared_piece(
+            partial_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, cu_seqlens_ptr, members_ptr, bounds_ptr, lens_ptr,
+            kv_head, split, group, tile - before, num_splits, scale,
+            stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
+            GROUP, D, BLOCK_M, MEMBERS, BLOCK_N, BLOCK_D, BLOCK_SIZE, MIN_KEYS, SCALE_LATE, KV_HEADS,
+        )  # fmt: skip
+
+
+@triton.jit
+def shared_piece(
+    partial_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, cu_seqlens_ptr, members_ptr, bounds_ptr, lens_ptr,
+    kv_head, split, group, tile, num_splits, scale,
+    stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MIN_KEYS: tl.constexpr, SCALE_LATE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The group's tile-th MEMBERS members. Where the group has fewer splits, the piece has no keys and stores
+    nothing."""
     length = tl.load(lens_ptr + group)
-    start = tl.load(bounds_ptr + group)
-    end = tl.load(bounds_ptr + group + 1)
-    first = start + (tile - (start // MEMBERS + group)) * MEMBERS
+    first = tl.load(bounds_ptr + group) + tile * MEMBERS
     size = split_size(length, num_splits, MIN_KEYS, BLOCK_N)
-    lo = split * size
+    lo = tl.minimum(split * size, length)
     hi = tl.minimum(lo + size, length)
-    if (first >= end) | (lo >= hi):
-        return
+    end = tl.where(lo < hi, tl.load(bounds_ptr + group + 1), first)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     places = first + rows // GROUP
@@ -136,7 +164,7 @@ def shared_kernel(
         q_ptr, 0, row_ok[:, None], clear, hi, hi, rows, scale,
         D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, SCALE_LATE, MASKED=True, ALIGN=BLOCK_N,
     )  # fmt: skip
-    at = (seqs.to(tl.int64) * (tl.num_programs(0) * GROUP) + heads) * num_splits + split
+    at = (seqs.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(lse_ptr + at, log_sum(row_max, row_sum), mask=row_ok)
     tl.store(partial_ptr + at[:, None] * D + dims[None, :], finish(acc, row_sum), mask=io_mask)
 
@@ -150,12 +178,12 @@ class SharedTiles(NamedTuple):
     stages: int
 
 
-def shared_tiles(dtype: torch.dtype, head_size: int, rows: int) -> SharedTiles:
-    """Fixed by shape; rows: those of the whole batch, which bound a group's."""
-    wide = max(16, triton.next_power_of_2(rows))
+def shared_tiles(dtype: torch.dtype, head_size: int, group: int) -> SharedTiles:
+    """Fixed by shape; group: query heads a key head. Measured on one H100."""
+    rows = 16 if group == 1 else 32
     if dtype == torch.float32 or head_size > 128:
-        return SharedTiles(min(wide, 32), 32, 4, 2)
-    return SharedTiles(min(wide, 128), 64, 8 if wide >= 128 else 4, 2)
+        return SharedTiles(rows, 32, 4, 2)
+    return SharedTiles(rows, 64, 4, 2)
 
 
 def attend_shared(
@@ -179,7 +207,7 @@ def attend_shared(
     _, block_size, num_kv_heads, head_size = k_cache.shape
     num_heads, num_seqs = q.shape[1], members.shape[0]
     group = num_heads // num_kv_heads
-    size = tiles or shared_tiles(q.dtype, head_size, num_seqs * group)
+    size = tiles or shared_tiles(q.dtype, head_size, group)
     size = size._replace(rows=max(size.rows, triton.next_power_of_2(group)))
     per_tile = size.rows // group
     splits = max(1, min(MAX_SHARED_SPLITS, triton.cdiv(max_kv_len, MIN_SHARED_KEYS)))
@@ -187,14 +215,15 @@ def attend_shared(
     lse = torch.empty((num_seqs, num_heads, splits), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     unit = stride_unit(strides)
-    # Groups that share come first and have two members or more; the tiles past their last find nothing to do.
-    num_tiles = num_seqs // per_tile + max(num_seqs // 2, 1)
-    shared_kernel[(num_kv_heads, splits, num_tiles)](
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    # Groups that share have two members or more.
+    most = num_kv_heads * splits * (num_seqs // per_tile + max(num_seqs // 2, 1))
+    shared_kernel[(min(PROGRAMS * processors, most),)](
         results, lse, q, k_cache, v_cache, block_tables, cu_seqlens_q, members, bounds, lens,
         splits, num_seqs, scale * LOG2_E, *(stride // unit for stride in strides), block_tables.stride(0),
         GROUP=group, D=head_size, BLOCK_M=size.rows, MEMBERS=per_tile, BLOCK_N=size.keys,
-        BLOCK_D=triton.next_power_of_2(head_size), BLOCK_S=triton.next_power_of_2(num_seqs),
-        BLOCK_SIZE=block_size, MIN_KEYS=MIN_SHARED_KEYS, SCALE_LATE=scale > 0, UNIT=unit,
+        BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_S=triton.next_power_of_2(num_seqs),
+        BLOCK_SIZE=block_size, MIN_KEYS=MIN_SHARED_KEYS, SCALE_LATE=scale > 0, UNIT=unit, KV_HEADS=num_kv_heads,
         num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return SharedPart(members, bounds, lens, results, lse, splits, MIN_SHARED_KEYS, size.keys)

@@ -5,6 +5,9 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mm_core.kernels._triton.launch import can_start_early, launch_options
 
 
 @triton.jit
@@ -29,10 +32,15 @@ def kv_write_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
+    # The batch's: no kernel that lets others start early writes it.
     slot = tl.load(slots_ptr + token).to(tl.int64)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if slot < 0:
         return
     block = slot // BLOCK_SIZE
@@ -53,10 +61,11 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     num_tokens, num_heads, head_size = k.shape
     if num_tokens == 0:
         return
+    early = can_start_early(k.device)
     kv_write_kernel[(num_tokens,)](
         k, v, k_cache, v_cache, slot_mapping,
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         HEADS=num_heads, D=head_size, BLOCK_H=triton.next_power_of_2(num_heads),
         BLOCK_D=triton.next_power_of_2(head_size), BLOCK_SIZE=k_cache.shape[1],
-        num_warps=4, enable_fp_fusion=True,
+        EARLY=early, num_warps=4, enable_fp_fusion=True, **launch_options(early),
     )  # fmt: skip

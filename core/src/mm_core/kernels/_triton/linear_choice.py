@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mm_core.kernels._triton.linear import GemvConfig, gemv
 from mm_core.kernels._triton.linear_hopper import HopperConfig, hopper
+from mm_core.kernels._triton.linear_row import RowConfig, choose_row, row_linear
+from mm_core.kernels.linear import AddNorm
 
 LEAST_ELEMENTS = 2**20  # of a weight; below, launching is what takes time
 LONG = 100_000  # rows of a weight that is a vocabulary's
@@ -23,9 +25,28 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tenso
     config = choose(x.shape[0], weight.shape[0], weight.shape[1], gated)
     if config is None or not (aligned(x) and aligned(weight)):
         return None
+    return multiply(x, weight, bias, config, gated=gated)
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: RowConfig | GemvConfig | HopperConfig, *, gated: bool
+) -> Tensor:
+    """By the kernel whose settings these are; gated: not by that of `RowConfig`."""
+    if isinstance(config, RowConfig):
+        return row_linear(x, weight, bias, config)[0]
     if isinstance(config, GemvConfig):
         return gemv(x, weight, bias, config, gated=gated)
     return hopper(x, weight, bias, config, gated=gated)
+
+
+def run_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: AddNorm | None, *, gelu: bool
+) -> tuple[Tensor, Tensor] | None:
+    """One row with what is fused to it; None where the kernel for that does not fit."""
+    config = choose_row(weight.shape[0], weight.shape[1])
+    if config is None or not (aligned(x) and aligned(weight)):
+        return None
+    return row_linear(x, weight, bias, config, norm=norm, gelu=gelu)
 
 
 def aligned(matrix: Tensor) -> bool:
@@ -34,15 +55,17 @@ def aligned(matrix: Tensor) -> bool:
 
 
 @cache
-def choose(rows: int, count: int, width: int, gated: bool) -> GemvConfig | HopperConfig | None:
+def choose(rows: int, count: int, width: int, gated: bool) -> RowConfig | GemvConfig | HopperConfig | None:
     """The kernel for M rows and a weight of [N, K]; None: the library's."""
     if count * width < LEAST_ELEMENTS or width % 8 or (gated and count % 16):
         return None
     return one_row(count, width, gated) if rows == 1 else few_rows(rows, count, width, gated)
 
 
-def one_row(count: int, width: int, gated: bool) -> GemvConfig:
+def one_row(count: int, width: int, gated: bool) -> RowConfig | GemvConfig:
     """Tiles that leave little of their width unused, and enough programs where there are few rows."""
+    if not gated and (config := choose_row(count, width)) is not None:
+        return config
     if gated:
         return GemvConfig(2, 2048, 4) if width % 2048 == 0 else GemvConfig(4, 512, 2)
     if width < 4096 and 3584 < count <= 8192:

@@ -68,8 +68,12 @@ def add_layer_norm_kernel(
     stride_r,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: one row, held in registers; the variance is that of the centred row."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_H)
     used = cols < H
@@ -114,9 +118,10 @@ def add_layer_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, e
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows:
-        block = triton.next_power_of_2(width)
+        block, early = triton.next_power_of_2(width), can_start_early(x.device)
         add_layer_norm_kernel[(rows,)](
             out, x, residual, weight, bias, eps, width, x.stride(0), residual.stride(0),
-            H=width, BLOCK_H=block, num_warps=_warps(block), enable_fp_fusion=True,
+            H=width, BLOCK_H=block, EARLY=early, num_warps=_warps(block), enable_fp_fusion=True,
+            **launch_options(early),
         )  # fmt: skip
     return out
