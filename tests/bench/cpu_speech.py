@@ -33,6 +33,7 @@ THREADS = 2
 PEER = "faster-whisper==1.2.1"
 FIVE, LONG, BATCHED = "five clips", "long, window after window", "long, batched windows"
 OURS = "mm-core bf16"
+BEGIN, END = "<!-- cpu-speech:begin -->", "<!-- cpu-speech:end -->"
 # Workload, whose time for the same is taken, how many times as fast we want to be.
 GOALS = (
     (FIVE, "transformers bf16", 1.25),
@@ -249,12 +250,28 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def write_docs(file: Path) -> None:
+    """Put what --json wrote into docs/benchmarks/README.md."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    lines = [f"- {g['workload']}: {g['ratio']} × {g['peer']} (goal {g['goal']} ×)" for g in kept["goals"]]
+    about = f"{kept['cpu']}, {kept['threads']} threads, torch {kept['torch']}, transformers {kept['transformers']}, "
+    body = f"{table(kept['engines'], kept['lengths'])}\n\n" + "\n".join(lines)
+    body += f"\n\n{about}{kept['peer']}. Written by `tests/bench/cpu_speech.py --write-docs`."
+    page = ROOT / "docs" / "benchmarks" / "README.md"
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+    page.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write-docs", type=Path, metavar="JSON", help="measure nothing; put this into the docs")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.write_docs:
+        write_docs(options.write_docs)
+        return
     if options.serve:
         serve(options.serve)
         return
@@ -264,14 +281,17 @@ def main() -> None:
     found = measure(options.rounds)
     clips = sum(len(samples) for samples, _ in speech()) / 16000
     long = len(long_speech()[0]) / 16000
-    print("\n" + table(found, {FIVE: clips, LONG: long, BATCHED: long}))
+    lengths = {FIVE: clips, LONG: long, BATCHED: long}
+    print("\n" + table(found, lengths))
     compared = ratios(found)
     for row in compared:
         print(f"{row['workload']}: {row['ratio']} × {row['peer']} (goal {row['goal']} ×)")
     if options.json:
         facts = {"cpu": cpu_name(), "threads": THREADS, "torch": torch.__version__, "peer": PEER,
                  "transformers": transformers.__version__}  # fmt: skip
-        options.json.write_text(json.dumps({**facts, "engines": found, "goals": compared}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({**facts, "lengths": lengths, "engines": found, "goals": compared}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
