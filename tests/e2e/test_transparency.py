@@ -176,7 +176,7 @@ def test_preempted(begin: Begin, path: Path, alone: list[tuple[int, ...]], reuse
     """Room for about two of seven at a time: sequences are preempted and computed again."""
     longest = max(len(a) for a in alone)
     assert longest == 24
-    with begin(path, num_blocks=9, enable_block_reuse=reuse, max_num_batched_tokens=64) as engine:
+    with begin(path, num_blocks=8, enable_block_reuse=reuse, max_num_batched_tokens=64) as engine:
         expect_no_answers(engine)
         outputs = engine.generate(prompts(), GREEDY)
         assert engine.stats()["preemptions"] > 0
