@@ -13,21 +13,19 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from mm_core.decoders.head import TokenHead
 from mm_core.errors import CheckpointError, ConfigError, NotBuiltError
 from mm_core.hookspecs import BuildContext, KVCacheSpec, WeightMap
-from mm_core.kernels.linear import linear
 from mm_core.layers import (
     Embedding,
     ForwardContext,
     GatedMLP,
     Linear,
     MergedLinear,
-    PackedWeight,
     PagedAttention,
     RMSNorm,
     RopeConfig,
     RotaryEmbedding,
-    pack,
 )
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -208,7 +206,7 @@ class LlamaLayer(nn.Module):
         return out, residual
 
 
-class LlamaDecoder(nn.Module):
+class LlamaDecoder(TokenHead):
     """hookspecs.Decoder for Llama-like models. Parameter names: `embed_tokens`, `layers.N.…`,
     `norm`, and `lm_head` where it is not tied to `embed_tokens`."""
 
@@ -225,8 +223,7 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config, i, context) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.max_model_len, device)
-        self.packed_head: PackedWeight | None = None  # of a tied head, beside the embedding
-        self.lm_head: Linear | None = None
+        self.lm_head = None
         if not config.tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
@@ -247,20 +244,6 @@ class LlamaDecoder(nn.Module):
             x, residual = layer(x, residual, rotation, context, context.rows if index == last else None)
         assert x is not None, "a decoder has at least one layer"
         return self.norm.add_(x, residual)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] → [R, vocab], for the rows that are sampled from."""
-        if self.lm_head is not None:
-            scores: Tensor = self.lm_head(hidden)
-            return scores
-        if self.packed_head is not None:
-            return self.packed_head.linear(hidden, None)
-        return linear(hidden, self.embed_tokens.weight, None)
-
-    def finish_loading(self) -> None:
-        """Pack a tied head for the CPU: a copy, because the embedding needs the plain rows."""
-        if self.lm_head is None:
-            self.packed_head = pack(self.embed_tokens.weight)
 
 
 def _check_window(config: LlamaConfig, max_model_len: int) -> None:

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_core.decoders.head import TokenHead
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.hookspecs import BuildContext, DecoderSpec, KVCacheSpec, WeightMap
-from mm_core.kernels.linear import linear
 from mm_core.layers import (
     Embedding,
     ForwardContext,
     LayerNorm,
     Linear,
     MergedLinear,
-    PackedWeight,
     PagedAttention,
-    pack,
 )
 
 OPT_PREFIXES = ("language_model.model.decoder.", "model.language_model.decoder.", "model.decoder.", "decoder.")
@@ -181,7 +179,7 @@ class OPTLayer(nn.Module):
         return out
 
 
-class OPTDecoder(nn.Module):
+class OPTDecoder(TokenHead):
     """hookspecs.Decoder for OPT. Parameter names: `embed_tokens`, `embed_positions`, `layers.N.…`, and where the
     settings ask for them `project_in`, `project_out`, `final_layer_norm`, `lm_head`."""
 
@@ -203,7 +201,6 @@ class OPTDecoder(nn.Module):
             self.project_in = Linear(embed_width, width, bias=False, **placed)
             self.project_out = Linear(width, embed_width, bias=False, **placed)
         self.final_layer_norm = _norm(config, context) if config.final_norm else None
-        self.packed_head: PackedWeight | None = None  # of a tied head, beside the embedding
         self.lm_head = None if config.tied else Linear(embed_width, config.vocab_size, bias=False, **placed)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -226,20 +223,6 @@ class OPTDecoder(nn.Module):
         else:
             out = residual.add_(x) if self.final_layer_norm is None else self.final_layer_norm.add_(x, residual)
         return out if self.project_out is None else self.project_out(out)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] → [R, vocab], for the rows that are sampled from."""
-        if self.lm_head is not None:
-            scores: Tensor = self.lm_head(hidden)
-            return scores
-        if self.packed_head is not None:
-            return self.packed_head.linear(hidden, None)
-        return linear(hidden, self.embed_tokens.weight, None)
-
-    def finish_loading(self) -> None:
-        """Pack a tied head for the CPU: a copy, because the embedding needs the plain rows."""
-        if self.lm_head is None:
-            self.packed_head = pack(self.embed_tokens.weight)
 
 
 def opt_weight_map(prefixes: tuple[str, ...] = OPT_PREFIXES, *, tied: bool = True) -> WeightMap:

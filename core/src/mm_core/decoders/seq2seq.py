@@ -16,20 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_core.decoders.head import TokenHead
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.hookspecs import BuildContext, KVCacheSpec, WeightMap
 from mm_core.kernels.gelu import quick_gelu_
 from mm_core.kernels.kv_write import kv_write
-from mm_core.kernels.linear import linear
 from mm_core.layers import (
     Embedding,
     ForwardContext,
     LayerNorm,
     Linear,
     MergedLinear,
-    PackedWeight,
     PagedAttention,
-    pack,
     project_normed,
 )
 
@@ -237,7 +235,7 @@ class Seq2SeqLayer(nn.Module):
         return out, residual
 
 
-class Seq2SeqDecoder(nn.Module):
+class Seq2SeqDecoder(TokenHead):
     """hookspecs.Decoder with cross-attention. Parameter names: `embed_tokens`, `embed_positions`,
     `layernorm_embedding` (mBART), `layers.N.…`, `layer_norm`, and `lm_head` where it is not tied."""
 
@@ -260,8 +258,7 @@ class Seq2SeqDecoder(nn.Module):
             self.layernorm_embedding = LayerNorm(size, NORM_EPS, device=device, dtype=dtype)
         self.layers = nn.ModuleList(Seq2SeqLayer(config, i, context) for i in range(config.num_layers))
         self.layer_norm = LayerNorm(size, NORM_EPS, device=device, dtype=dtype)
-        self.packed_head: PackedWeight | None = None  # of a tied head, beside the embedding
-        self.lm_head: Linear | None = None
+        self.lm_head = None
         if not config.tied:
             self.lm_head = Linear(size, config.vocab_size, bias=False, device=device, dtype=dtype)
 
@@ -289,20 +286,6 @@ class Seq2SeqDecoder(nn.Module):
             x, residual = layer(x, residual, context, context.rows if index == last else None)
         assert x is not None, "a decoder has at least one layer"
         return self.layer_norm.add_(x, residual)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] → [R, vocab], for the rows that are sampled from."""
-        if self.lm_head is not None:
-            scores: Tensor = self.lm_head(hidden)
-            return scores
-        if self.packed_head is not None:
-            return self.packed_head.linear(hidden, None)
-        return linear(hidden, self.embed_tokens.weight, None)
-
-    def finish_loading(self) -> None:
-        """Pack a tied head for the CPU: a copy, because the embedding needs the plain rows."""
-        if self.lm_head is None:
-            self.packed_head = pack(self.embed_tokens.weight)
 
 
 _FUSED = (
