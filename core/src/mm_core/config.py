@@ -186,12 +186,18 @@ class KvCacheConfig(_Settings):
 
     free_gpu_memory_fraction: share of the memory left after the weights that goes to KV blocks.
     cpu_cache_size: bytes for KV blocks where there is no GPU.
+    host_cache_size: bytes of host memory (pinned, for a GPU) for blocks and encoder rows that leave the device;
+    0: none. host_cache_checksums: check each on its way back. disk_cache_path: directory for copies of those,
+    which survive a restart, at most disk_cache_size bytes a model; needs host_cache_size. They are always checked.
     """
 
     enable_block_reuse: bool = True
     free_gpu_memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
     host_cache_size: Annotated[int, Field(ge=0)] = 0
+    host_cache_checksums: bool = False
+    disk_cache_path: str | None = None
+    disk_cache_size: Annotated[int, Field(ge=2**20)] = 8 * 2**30
     block_size: Literal[16, 32, 64, 128] = 16
     num_blocks: Annotated[int, Field(ge=2)] | None = None
     cpu_cache_size: Annotated[int, Field(ge=2**20)] = 2**30
@@ -216,7 +222,8 @@ class EngineConfig(_Settings):
     kept for reuse. processor_cache_size: bytes of preprocessed media kept on the host.
     preprocess_threads: None takes min(8, cores). overlap: schedule and launch a step while the one
     before it runs (None: on a GPU). cuda_graphs: replay decode steps as graphs on a GPU.
-    record_timeline: keep what ran when, for `Engine.timeline()`.
+    record_timeline: keep what ran when, for `Engine.timeline()`. scheduling_policy: who starts first and what is
+    kept, see docs/reuse.md: "reuse", or "fcfs" (first come, first served; the least recently used leaves).
     """
 
     revision: str | None = None
@@ -235,6 +242,7 @@ class EngineConfig(_Settings):
     max_video_frames: Annotated[int, Field(ge=1)] = 768
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     hash_algorithm: HashAlgorithm = "xxh3_128"
+    scheduling_policy: Literal["reuse", "fcfs"] = "reuse"
     overlap: bool | None = None
     cuda_graphs: bool = True
     record_timeline: bool = False

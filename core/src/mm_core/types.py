@@ -101,6 +101,7 @@ class MediaFeature:
     `expand`, `positions` and `cost` need (grids and the like). key: the media key, set by the
     core; nbytes: memory of the tensors, for cache bounds. num_fused: where `Fusion.condition`
     makes another number of rows of the encoder's, how many; those are its placeholder tokens then.
+    uuid: the item's name, where it was given one, set by the core (the key depends on it).
     """
 
     modality: Modality
@@ -109,6 +110,7 @@ class MediaFeature:
     info: Mapping[str, Any] = field(default_factory=dict)
     key: bytes = b""
     num_fused: int | None = None
+    uuid: str | None = None
 
     @property
     def num_placed(self) -> int:
@@ -260,6 +262,49 @@ class Usage:
     completion_tokens: int = 0
     media_tokens: int = 0
     encoded_media_tokens: int = 0
+
+
+CacheLevel = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class CacheEvent:
+    """What happened to one KV block or one item's encoder rows, told to `engine.cache.subscribe`.
+
+    kind: "stored" (computed, findable from now on), "offloaded" (copied to the host's memory or to disk),
+    "restored" (copied back to the device, findable there), "evicted" (gone from `level`). cache: "kv" or
+    "encoder". key: of the block, or the media key. parent: of a block, its parent's key. token_ids: of a block.
+    num_tokens: of the block, or rows. uuids: of the items that the block or the rows hold something of.
+    """
+
+    kind: Literal["stored", "offloaded", "restored", "evicted"]
+    cache: Literal["kv", "encoder"]
+    level: CacheLevel
+    key: bytes
+    num_tokens: int
+    parent: bytes = b""
+    token_ids: tuple[int, ...] = ()
+    uuids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheLookup:
+    """What of a prompt is cached now. prompt_tokens: of the decoder's prompt; device_tokens of them would be found
+    on the device, and host_tokens and disk_tokens behind those could be restored. media: items of the prompt;
+    encoded_media of them have their encoder rows on the device, restorable_media others in host or disk."""
+
+    prompt_tokens: int
+    device_tokens: int
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    media: int = 0
+    encoded_media: int = 0
+    restorable_media: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that need not be computed."""
+        return self.device_tokens + self.host_tokens + self.disk_tokens
 
 
 @dataclass(frozen=True)

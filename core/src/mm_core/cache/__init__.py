@@ -2,6 +2,6 @@
 
 from mm_core.cache.blocks import BlockPool
 from mm_core.cache.encoder import EncoderCache
-from mm_core.cache.prefix import BlockContent, PrefixCache
+from mm_core.cache.prefix import BlockContent, MediaTag, PrefixCache
 
-__all__ = ["BlockContent", "BlockPool", "EncoderCache", "PrefixCache"]
+__all__ = ["BlockContent", "BlockPool", "EncoderCache", "MediaTag", "PrefixCache"]

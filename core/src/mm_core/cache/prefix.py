@@ -11,13 +11,33 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mm_core.cache.blocks import BlockPool
+from mm_core.hashing import ROOT
+
+
+class MediaTag(NamedTuple):
+    """An item as the caches know it."""
+
+    key: bytes
+    uuid: str | None = None
 
 
 class BlockContent(NamedTuple):
-    """A full block's key and the token ids it was computed from."""
+    """A full block's key and the token ids it was computed from; what else is known of it.
+
+    parent: key of the block before it, `hashing.ROOT` for the first. extra: what enters the key beside parent and
+    ids, encoded. media: items from the prompt's start to this block's end; the last `touches` of them lie in this
+    block. salt: of the request. encoder_cost: what encoding this block's share of its items costs, in the encoder's
+    units.
+    """
 
     key: bytes
     token_ids: tuple[int, ...]
+    parent: bytes = ROOT
+    extra: bytes = b""
+    media: tuple[MediaTag, ...] = ()
+    touches: int = 0
+    salt: str | None = None
+    encoder_cost: float = 0.0
 
 
 class PrefixCache:

@@ -126,7 +126,7 @@ class MediaLoader:
         found, mine = self.cache.find_or_claim(key)
         if mine is not None:
             try:
-                job_done = self.in_pool("prepare", lambda: self._fill(key, mine, fetched, variant))
+                job_done = self.in_pool("prepare", lambda: self._fill(key, mine, fetched, variant, uuid))
             except EngineClosedError as error:
                 self.cache.fail(key, mine, error)
             else:
@@ -162,11 +162,11 @@ class MediaLoader:
         variant = guarded(self.family, "variant", lambda: self.processor.variant(media, job.request))
         return media_key(self.hasher, job.namespace, variant, media.digest, uuid), variant
 
-    def _fill(self, key: bytes, mine: Future[MediaFeature], fetched: Fetched, variant: bytes) -> None:
+    def _fill(self, key: bytes, mine: Future[MediaFeature], fetched: Fetched, variant: bytes, uuid: str | None) -> None:
         # The requests at hand get a pinned copy, as it is they that will be encoded; the cache keeps the other.
-        self.cache.fill(key, mine, lambda: self._make(fetched, variant, key), self.pinner.pinned)
+        self.cache.fill(key, mine, lambda: self._make(fetched, variant, key, uuid), self.pinner.pinned)
 
-    def _make(self, fetched: Fetched, variant: bytes, key: bytes) -> MediaFeature:
+    def _make(self, fetched: Fetched, variant: bytes, key: bytes, uuid: str | None) -> MediaFeature:
         self.give_way()
         item = fetched.item if fetched.item.data is not None else fetched.load()
         feature = guarded(self.family, "prepare", lambda: self.processor.prepare(item, variant))
@@ -179,4 +179,4 @@ class MediaLoader:
                 f"Processor of plugin {self.family!r}: prepare() did not give a MediaFeature of modality "
                 f"{item.modality!r} with at least one row. Report it to the plugin's author."
             )
-        return replace(feature, key=key)
+        return replace(feature, key=key, uuid=uuid)

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm_core.cache.prefix import BlockContent
+from mm_core.cache.prefix import BlockContent, MediaTag
 from mm_core.config import SamplingParams
 from mm_core.errors import MMError
-from mm_core.hashing import ROOT, Hasher, block_key, encode_fields, source_key
+from mm_core.hashing import ROOT, Field, Hasher, block_key, encode_fields, source_key
+from mm_core.scheduler.transfers import NO_TRANSFERS, Transfers
 from mm_core.types import FinishReason, Logprob, MediaFeature, PlaceholderRange, PreparedRequest
 
 
@@ -72,6 +73,7 @@ class Sequence:
         self.seen_hits = 0
         self.seen_source_version = (-1, -1)  # as `seen_version`, of the source's blocks
         self.seen_source: list[int] = []
+        self._tags: tuple[MediaTag, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -106,34 +108,45 @@ class Sequence:
     def fill_source(self, count: int, hasher: Hasher) -> list[BlockContent]:
         """Keys of the first `count` of its source's blocks at least, computed once each. The last block may
         be partly filled: the source's key says how far."""
-        if self.source is not None:
+        if self.source is not None and len(self.source_contents) < count:
+            tags = tuple(MediaTag(r.feature.key, r.feature.uuid) for r in self.source.ranges)
             for index in range(len(self.source_contents), count):
-                self.source_contents.append(BlockContent(source_key(hasher, self.source.key, index), ()))
+                key = source_key(hasher, self.source.key, index)
+                parent = self.source_contents[-1].key if index else self.source.key
+                content = BlockContent(key, (), parent, b"", tags, len(tags), self.request.cache_salt)
+                self.source_contents.append(content)
         return self.source_contents
 
     def fill_contents(self, count: int, block_size: int, hasher: Hasher) -> list[BlockContent]:
         """Keys and tokens of the first `count` full blocks at least, computed once each."""
         if len(self.contents) >= count:
             return self.contents
-        self._fill_from_request(count, block_size)
-        context = encode_fields((self.request.cache_salt, self.request.kv_context))
+        request = self.request
+        given = request.block_keys if request.block_size == block_size else ()
+        context = encode_fields((request.cache_salt, request.kv_context))
         while len(self.contents) < count:
-            start = len(self.contents) * block_size
-            ids = tuple(self.token_ids[start : start + block_size])
+            block = len(self.contents)
+            start, end = block * block_size, (block + 1) * block_size
+            ids = tuple(self.token_ids[start:end])
             parent = self.contents[-1].key if self.contents else ROOT
-            media = self._media_in(start, start + block_size)
-            place = self._positions_in(start, start + block_size)
-            self.contents.append(BlockContent(block_key(hasher, parent, ids, media, context, place), ids))
+            media = self._media_in(start, end)
+            place = self._positions_in(start, end)
+            # What was computed with the prompt is taken over.
+            key = given[block] if block < len(given) else block_key(hasher, parent, ids, media, context, place)
+            fields: list[Field] = [context, place]
+            for item in media:
+                fields += item
+            extra = encode_fields(fields)
+            tags = self._tags_until(end)
+            self.contents.append(BlockContent(key, ids, parent, extra, tags, len(media), request.cache_salt))
         return self.contents
 
-    def _fill_from_request(self, count: int, block_size: int) -> None:
-        """Take over what was computed with the prompt; the rest is computed as it comes."""
-        if self.request.block_size != block_size:
-            return
-        keys, ids = self.request.block_keys, self.request.token_ids
-        for block in range(len(self.contents), min(count, len(keys))):
-            start = block * block_size
-            self.contents.append(BlockContent(keys[block], ids[start : start + block_size]))
+    def _tags_until(self, end: int) -> tuple[MediaTag, ...]:
+        """Items that begin before `end`; the same tuple for blocks with the same."""
+        count = sum(r.offset < end for r in self.ranges)
+        if len(self._tags) != count:
+            self._tags = tuple(MediaTag(r.feature.key, r.feature.uuid) for r in self.ranges[:count])
+        return self._tags
 
     def _positions_in(self, start: int, end: int) -> bytes:
         """Positions of tokens [start, end), empty where they are start…end-1.
@@ -157,10 +170,12 @@ class Sequence:
 
 @dataclass(frozen=True)
 class EncodeItem:
-    """One item to encode in a step."""
+    """One item whose rows a step makes: from the host's memory where `stored` names the slots that hold them, else
+    by the encoder."""
 
     key: bytes
     feature: MediaFeature
+    stored: tuple[int, ...] = ()
 
 
 class ScheduledSequence(NamedTuple):  # one a sequence and step: half the cost of a dataclass
@@ -185,7 +200,7 @@ class ScheduledBatch:
     may hold nothing but such items. sources: sequences whose source's keys and values are computed first,
     into their "cross" tables; they are among `sequences`, and their media are held. evicted_media: items
     whose rows nobody may read any more; they are dropped first, for one of them may be encoded anew in the
-    same step.
+    same step. transfers: copies that come before all this.
     """
 
     step: int
@@ -193,6 +208,7 @@ class ScheduledBatch:
     encode: tuple[EncodeItem, ...] = ()
     evicted_media: tuple[bytes, ...] = ()
     sources: tuple[Sequence, ...] = ()
+    transfers: Transfers = NO_TRANSFERS
 
     @property
     def num_decodes(self) -> int:
@@ -234,11 +250,13 @@ class SampledToken(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step brought: tokens by seq_id, and the sequences and media that failed alone."""
+    """What a step brought: tokens by seq_id, and the sequences and media that failed alone. damaged_rows: items
+    whose stored rows were damaged, so that they were encoded."""
 
     sampled: Mapping[int, SampledToken]
     failed: Mapping[int, MMError] = field(default_factory=dict)
     failed_media: frozenset[bytes] = frozenset()
+    damaged_rows: frozenset[bytes] = frozenset()
 
 
 class TokenEvent(NamedTuple):
