@@ -18,8 +18,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mm_core import KvCacheConfig, MMError
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "support"
 PAGE = ROOT / "docs" / "support-matrix.md"
@@ -136,22 +134,11 @@ class Results:
             return f"the family reads no {modality}: such a request ends in an error that says so"
         if kind.startswith("several") and told["limits"].get(modality, 2) < 2:
             return f"the family reads one {modality} a request: more end in an error that says so"
-        if feature == FP8:
-            return _fp8_reason()
         given = sorted({p.reason for p in self._proofs[family, kind, feature] if p.reason is not None})
         if given:
             return "; ".join(given)
         on_gpu = any(file["device"] != "CPU" for file in self.files)
         return "not run on a GPU yet" if feature == GRAPHS and not on_gpu else "no test has shown it"
-
-
-def _fp8_reason() -> str:
-    """What the engine itself says."""
-    try:
-        KvCacheConfig(dtype="fp8")
-    except MMError as error:
-        return str(error).partition(": ")[2].split(".")[0]
-    return "no test has shown it"
 
 
 def load() -> Results:

@@ -3,9 +3,9 @@
     python tests/bench/report.py [--check | --plots DIR] [docs/benchmarks/mm-bench-*.json ...]
 
 --plots draws the pictures of `mm bench --report` from the traces in DIR instead, for runs on a machine
-without matplotlib. Without files, every docs/benchmarks/mm-bench-*.json is taken. Other engines' figures
-beside ours are those of docs/benchmarks/peers-h100.json; they stand only beside runs on the same kind of
-device and model.
+without matplotlib. Without files, every docs/benchmarks/mm-bench-*.json is taken; kv-*.json are runs that differ
+in the KV cache's dtype. Other engines' figures beside ours are those of docs/benchmarks/peers-h100.json; they
+stand only beside runs on the same kind of device and model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- mm-bench:begin -->", "<!-- mm-bench:end -->"
+KV_BEGIN, KV_END = "<!-- kv-dtypes:begin -->", "<!-- kv-dtypes:end -->"
 PEER_DEVICE = "H100"
 
 
@@ -95,6 +96,15 @@ def latency_table(results: Sequence[dict[str, Any]], peers: dict[str, Any]) -> l
     return lines
 
 
+def beside_kv(found: dict[str, Any]) -> str:
+    """Settings of the KV cache that are not the usual ones."""
+    kv = found["config"]["kv_cache_config"]
+    parts = [] if kv["dtype"] == "auto" else [f"KV cache in {kv['dtype']}"]
+    if kv.get("host_cache_size"):
+        parts.append(f"{kv['host_cache_size'] / 2**30:.3g} GiB of host memory behind it")
+    return "".join(f", {part}" for part in parts)
+
+
 def section(found: dict[str, Any], short: bool = False) -> str:
     """One file's tables; short: without those of the phases."""
     facts, measured, peers = found["environment"], found["ceilings"], peers_of(found)
@@ -104,7 +114,8 @@ def section(found: dict[str, Any], short: bool = False) -> str:
     start = peers.get("start_s", {})
     beside = f" (vLLM: {start['vllm']} s; goal: ≤ {start['goal']} s)" if start else ""
     parts = [
-        f"**{found['model']}** on {facts['device']}, {found['config']['dtype']} dtype, torch {facts['torch']}, "
+        f"**{found['model']}** on {facts['device']}, {found['config']['dtype']} dtype{beside_kv(found)}, torch "
+        f"{facts['torch']}, "
         f"driver {facts.get('driver', '–')}; ready in {found['startup']['seconds']:.1f} s{beside}; KV cache of "
         f"{found['kv_cache_tokens']:,} tokens; ceilings measured in the same run: copy "
         f"{measured['copy_bandwidth'] / 1e12:.3g} TB/s, read {measured['read_bandwidth'] / 1e12:.3g} TB/s, matrix "
@@ -121,13 +132,46 @@ def section(found: dict[str, Any], short: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+def kv_table(files: Sequence[Path]) -> str:
+    """Runs that differ in the KV cache's dtype alone, each beside the first of its model."""
+    lines = [
+        "| model, workload | KV cache | tokens in it | beside | requests/s | beside | first token p50 | decode |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[str, tuple[int, float]] = {}
+    about = ""
+    for path in files:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        facts, tokens = found["environment"], found["kv_cache_tokens"]
+        about = f"{facts['device']}, torch {facts['torch']}, random weights"
+        for result in found["results"]:
+            name, rate = f"{found['model']}, {result['workload']}", result["requests_per_s"]
+            kept, base = first.setdefault(name, (tokens, rate))
+            lines.append(
+                f"| {name} | {found['config']['kv_cache_config']['dtype']} | {tokens:,} | {tokens / kept:.2f} × "
+                f"| **{rate:.1f}** | {rate / base:.2f} × | {result['ttft_ms']['p50']:,.0f} ms "
+                f"| {result['phases']['decode']['seconds']:.2f} s |"
+            )
+    return (
+        "\n".join([*lines, "", f"{about}. Written by `tests/bench/report.py`."])
+        if first
+        else "No run is kept here yet."
+    )
+
+
 def updated(text: str, files: Sequence[Path] = (), short: bool = False) -> str:
     """The page with everything between its markers made anew."""
     given = files or sorted(DOCS.glob("mm-bench-*.json"))
     sections = [section(json.loads(path.read_text(encoding="utf-8")), short) for path in given]
     body = "\n\n".join([*sections, "Written by `tests/bench/report.py`."]) if sections else "No run is kept here yet."
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}"
+    text = between(text, BEGIN, END, body)
+    return between(text, KV_BEGIN, KV_END, kv_table(sorted(DOCS.glob("kv-*.json")))) if KV_BEGIN in text else text
+
+
+def between(text: str, begin: str, end: str, body: str) -> str:
+    """The text with what stands between two marks replaced."""
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
 
 
 def draw(files: Sequence[Path], folder: Path) -> None:

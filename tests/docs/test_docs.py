@@ -43,7 +43,7 @@ def _at_the_root(monkeypatch):
 # --- what runs
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs/quickstart.md"], ids=name_of)
+@pytest.mark.parametrize("page", [README, ROOT / "docs/quickstart.md", ROOT / "docs/cache-api.md"], ids=name_of)
 def test_python_examples_run(page, capsys):
     code = blocks(page, "python")
     assert code
@@ -80,10 +80,10 @@ def test_errors_shown_in_the_readme_are_the_real_ones():
     shown = " ".join(README.read_text(encoding="utf-8").split())
     with pytest.raises(MMError) as unsupported:
         PluginRegistry().resolve(["T5ForConditionalGeneration"], model="x/y")
-    with pytest.raises(MMError) as not_built:
-        KvCacheConfig(dtype="fp8")
+    with pytest.raises(MMError) as incomplete:
+        KvCacheConfig(disk_cache_path="/var/cache/kv")
     assert str(unsupported.value) in shown
-    assert str(not_built.value) in shown
+    assert str(incomplete.value) in shown
 
 
 # --- what exists

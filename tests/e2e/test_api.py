@@ -167,7 +167,7 @@ def test_stats_has_the_documented_keys(engine: Engine) -> None:
     assert {"steps", "prompt_tokens", "cached_tokens", "generated_tokens", "computed_tokens", "preemptions", "running",
             "waiting", "blocks", "block_size", "block_evictions", "encoder_calls", "encoder_cache",
             "processor_cache", "finished"} <= set(stats)  # fmt: skip
-    assert set(stats["blocks"]) == {"free", "cached", "in_use", "pending"}
+    assert set(stats["blocks"]) == {"free", "cached", "in_use", "pending", "pinned"}
     assert stats["running"] == stats["waiting"] == 0
     assert stats["steps"] > 0
     assert stats["generated_tokens"] > 0

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.e2e import check_message, settle
+from support.e2e import settle
 from support.pictures import picture
 
 from mm_core import Engine, KvCacheConfig, RequestOutput, SamplingParams, TextPrompt
-from mm_core.errors import ConfigError, NotBuiltError
+from mm_core.errors import ConfigError
 
 SAMPLING = SamplingParams(max_tokens=24, temperature=0)
 
@@ -93,19 +93,16 @@ def test_the_names_stand_for_the_pictures_afterwards(tiny_path: Path, alone: lis
     assert output.token_ids == alone[2].token_ids
 
 
-@pytest.mark.parametrize(
-    ("options", "missing"), [({"dtype": "fp8"}, "fp8 KV cache"), ({"host_cache_size": 2 * 1024**3}, "host tier")]
-)
-def test_what_is_not_built_says_so(options: dict[str, Any], missing: str) -> None:
-    (name,) = options
-    with pytest.raises(NotBuiltError, match=missing) as caught:
-        KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=0.9, **options)
-    assert name in str(caught.value)
-    assert "not built yet" in str(caught.value)
-    assert "Use " in str(caught.value), "what to do instead"
-    assert caught.value.code == "not_built"
-    assert isinstance(caught.value, ConfigError | NotImplementedError)
-    check_message(caught.value)
+@pytest.mark.parametrize("options", [{"dtype": "fp8"}, {"host_cache_size": 64 * 2**20}], ids=lambda o: next(iter(o)))
+def test_what_the_guide_sets_is_what_runs(tiny_path: Path, options: dict[str, Any]) -> None:
+    """With the guide's own options, other than the example's: the same requests, and again from the cache."""
+    prompts = example_prompts(picture(1), picture(2, 90, 120))
+    kv = KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=0.9, **options)
+    with Engine.from_pretrained(tiny_path, kv_cache_config=kv, show_progress=False) as engine:
+        first, again = (engine.generate(prompts, SAMPLING) for _ in range(2))
+        settle(engine)
+    assert [o.token_ids for o in again] == [o.token_ids for o in first]
+    assert all(o.usage.cached_tokens for o in again)
 
 
 @pytest.mark.parametrize(

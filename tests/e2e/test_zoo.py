@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.forced import log_probabilities
 from support.reference import Reference
 
 from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
@@ -52,6 +53,28 @@ def right(rows: list[dict[str, Any]], texts: list[str]) -> float:
 
 def test_it_answers_truthfully(engine: Engine, asked: list[dict[str, Any]]) -> None:
     assert right(asked, answers(engine, asked, [pictures(row) for row in asked])) >= 0.92
+
+
+def test_an_fp8_kv_cache_loses_no_answer_and_little_certainty(engine: Engine, asked: list[dict[str, Any]]) -> None:
+    """The whole held-out set is scored by tests/bench/fp8_accuracy.py."""
+    rows = asked[::3]
+    prompts = [TextPrompt(prompt=r["question"], multi_modal_data={"image": pictures(r)}) for r in rows]
+    exact = engine.generate(prompts, GREEDY)
+    kv = KvCacheConfig(num_blocks=1024, dtype="fp8")
+    with Engine.from_pretrained(ZOO, kv_cache_config=kv, show_progress=False) as other:
+        found = other.generate(prompts, GREEDY)
+        told = [log_probabilities(e, prompts, [o.token_ids for o in exact]) for e in (engine, other)]
+    assert right(rows, [o.text for o in found]) >= right(rows, [o.text for o in exact]) >= 0.92
+    apart = (told[1] - told[0]).abs()
+    assert 0 < apart.mean() < 0.02
+    assert apart.max() < 0.5
+
+
+def test_the_accuracy_with_an_fp8_kv_cache_that_is_told_keeps_to_its_limit() -> None:
+    told = json.loads((ZOO.parents[1] / "docs/benchmarks/fp8-accuracy.json").read_text(encoding="utf-8"))
+    held_out = told["zoo/qwen2vl-nano, held out"]
+    assert held_out["questions"] >= 4000
+    assert abs(held_out["right, %"]["fp8"] - held_out["right, %"]["auto"]) <= 0.5
 
 
 def test_it_looks_and_does_not_guess(engine: Engine, asked: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton
 
 from mm_core import kernels
+from mm_core.kernels import fp8
 from mm_core.kernels.shared_prefixes import SharedPrefixes, plan_shared_prefixes
 from mm_core.layers import Patchify
 from mm_core.media import Normalisation, PatchLayout
@@ -91,6 +92,42 @@ def decode_row(name: str, lens: list[int], heads: int, kv_heads: int, size: int,
     shared = SharedPrefixes(*(torch.from_numpy(x).to(DEVICE) for x in (plan.members, plan.bounds, plan.lens)))
     least = amount - 4 * plan.saved * kv_heads * size
     return [plain, timed(f"{name}: each prefix read once", least, shared)]
+
+
+def coded(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache in fp8, and its exponents; piece by piece, for the room that it takes."""
+    pieces = [fp8.quantise(piece) for piece in cache.split(4096)]
+    codes = torch.cat([codes.view(torch.uint8) for codes, _ in pieces])
+    return codes.view(fp8.DTYPE), torch.cat([exponents for _, exponents in pieces])
+
+
+def fp8_row(name: str, unit: str, amount: float, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """`amount`: of an fp8 cache, where it is bytes."""
+    (k, k_scales), (v, v_scales) = (coded(cache) for cache in args[1:3])
+    args = (args[0], k, v, *args[3:])
+    return row(name, unit, amount, lambda: kernels.paged_attention(*args, **options, scales=(k_scales, v_scales)))
+
+
+def fp8_rows() -> list[dict[str, Any]]:
+    """The same batches over a bfloat16 and an fp8 cache."""
+    rows = []
+    decodes = ((400, 28, 4, 128, True), (700, 28, 4, 128, True), (550, 32, 32, 128, True), (1500, 20, 20, 64, False))
+    for kv_len, heads, kv_heads, size, causal in decodes:
+        args = paged([1] * 256, kv_len, heads, kv_heads, size, 16)
+        options = {"max_q_len": 1, "max_kv_len": kv_len, "scale": size**-0.5, "causal": causal}
+        name, count = f"decode 256 x {kv_len}, {heads}/{kv_heads} heads of {size}", 2 * 256 * kv_len * kv_heads
+        rows.append(row(name, "TB/s", 2 * count * size, lambda a=args, o=options: kernels.paged_attention(*a, **o)))
+        rows.append(fp8_row(f"{name}, fp8", "TB/s", count * (size + 1), args, options))
+        del args
+        torch.cuda.empty_cache()
+    for count, length, kv_len in ((1, 8192, 8192), (4, 512, 2560)):
+        args = paged([length] * count, kv_len, 28, 4, 128, 16)
+        options = {"max_q_len": length, "max_kv_len": kv_len, "scale": 128**-0.5}
+        name, amount = f"prefill {count} x {length} of {kv_len} causal, 28/4 heads of 128", 2 * count * 28 * 128
+        amount *= 2 * length * kv_len - length**2
+        rows.append(row(name, "TFLOP/s", amount, lambda a=args, o=options: kernels.paged_attention(*a, **o)))
+        rows.append(fp8_row(f"{name}, fp8", "TFLOP/s", amount, args, options))
+    return rows
 
 
 def decode_rows() -> list[dict[str, Any]]:
@@ -235,7 +272,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    for group in (ceilings, decode_rows, shared_rows, prefill_rows, varlen_rows, small_rows, vision_rows, linear_rows):
+    groups = (ceilings, decode_rows, shared_rows, prefill_rows, fp8_rows, varlen_rows, small_rows, vision_rows)
+    for group in (*groups, linear_rows):
         rows += group()
         torch.cuda.empty_cache()
     for entry in rows:

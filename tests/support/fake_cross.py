@@ -108,8 +108,8 @@ class CrossDecoder(nn.Module):
             raise ValueError("this source cannot be written")
         self.written.append(len(rows))
         assert table.slot_mapping is not None
-        for layer, caches in zip(self.layers, context.caches["cross"], strict=False):
-            kv_write(*layer.source(rows), *caches, table.slot_mapping)
+        for layer, cache in zip(self.layers, context.caches["cross"], strict=False):
+            kv_write(*layer.source(rows), cache.k, cache.v, table.slot_mapping, cache.scales)
 
     def dense(self, token_ids: Sequence[int], rows: Tensor) -> Tensor:
         """Hidden states of a whole sequence; rows: what `write_source` is given."""
@@ -181,7 +181,7 @@ def make_runner(fusion: Any, *, reads_text: bool = False, decoder: Any = None) -
         module.requires_grad_(False)
     kv = KVCache(decoder.kv_specs, 64, BLOCK, torch.float32, CPU)
     torch.manual_seed(0)
-    for k, v in kv.caches["self"]:
+    for k, v, _ in kv.caches["self"]:
         k.normal_()
         v.normal_()
     modules = Modules("fake", decoder, RowsEncoder(), fusion)
@@ -227,4 +227,4 @@ def encode(*features: MediaFeature) -> tuple[EncodeItem, ...]:
 
 def keys_at(runner: ModelRunner, table: Sequence[int], count: int) -> list[np.ndarray[Any, Any]]:
     """The first `count` keys of every layer behind a block table."""
-    return [k[list(table)].flatten(0, 1)[:count].numpy().copy() for k, _ in runner.kv.caches["cross"]]
+    return [k[list(table)].flatten(0, 1)[:count].numpy().copy() for k, *_ in runner.kv.caches["cross"]]

@@ -11,14 +11,16 @@ tokens drawn from that. No such token may come out.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 from mm_core.cache import BlockPool, EncoderCache
+from mm_core.cache.host import HostTier
 from mm_core.engine.core import EngineCore
 from mm_core.engine.messages import Submit
 from mm_core.errors import EngineError, MMError
@@ -34,8 +36,11 @@ from mm_core.scheduler import (
     Sequence,
     StepResult,
 )
+from mm_core.scheduler.policy import POLICIES, SchedulingPolicy
+from mm_core.scheduler.tier_types import TierConfig
 from mm_core.types import PreparedRequest
 from support.fake_requests import Truth
+from support.fake_tiers import CopyFaults, FakeDisk, FakeTransfers
 
 POISON = -1
 POISONED_TOKEN = 1  # no healthy token is below 8
@@ -51,15 +56,19 @@ def make_scheduler(
     reuse: bool = True,
     source_budget: int = 0,
     expected: float = 0.0,
+    policy: SchedulingPolicy = POLICIES["reuse"],
+    copy_tokens: int = 0,
 ) -> Scheduler:
     """expected: output tokens that admission counts on; none, so that sequences are preempted in a small pool."""
-    config = SchedulerConfig(max_num_seqs, max_tokens, encoder_budget, num_blocks * block_size, reuse, source_budget)
+    max_len = num_blocks * block_size
+    config = SchedulerConfig(max_num_seqs, max_tokens, encoder_budget, max_len, reuse, source_budget, copy_tokens)
     scheduler = Scheduler(
         config,
         BlockPool(num_blocks, block_size),
         EncoderCache(encoder_rows),
         get_hasher("xxh3_128"),
         lambda f: f.info["cost"],
+        policy,
     )
     scheduler.outlook.expected = expected
     return scheduler
@@ -107,7 +116,7 @@ class FakeRunner:
     broken: the first fault of the scheduler that was seen; the engine takes it for a step's failure.
     """
 
-    def __init__(self, block_size: int, encoder_rows: int = 64) -> None:
+    def __init__(self, block_size: int, encoder_rows: int = 64, host_slots: int = 0, seed: int = 0) -> None:
         self.block_size = block_size
         self.slots: dict[int, int | tuple[bytes, int]] = {}  # KV slot → chain; of a source, its key and a row
         self.last_ids: dict[int, tuple[int, int, int, int]] = {}  # slot → seq_id, epoch, position, token
@@ -121,6 +130,7 @@ class FakeRunner:
         self.most_in_flight = 0
         self.broken: BaseException | None = None
         self.faults: Callable[[ScheduledBatch], Faults] = lambda batch: Faults()
+        self.transfers = FakeTransfers(self, host_slots, seed=seed)
         self._truths: dict[int, Truth] = {}
         self._spoilt: set[bytes] = set()
 
@@ -136,6 +146,9 @@ class FakeRunner:
 
     def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
         self._check_order(batch)
+        self.transfers.launch(batch.transfers)
+        filling = self.transfers.filling
+        assert not any(filling & {*t} for s in batch.sequences for t in s.tables.values()), "a block is used too early"
         for key in batch.evicted_media:
             if key not in self._spoilt:  # what reads a spoilt item is void
                 assert not any(key in other.media for other in self.in_flight), "evicted under a step in flight"
@@ -144,11 +157,13 @@ class FakeRunner:
         faults = self.faults(batch)
         if faults.dies is not None:
             raise faults.dies
+        damaged = {item.key for item in batch.encode if item.stored and not self._read_back(item)}
         for item in batch.encode:
-            if item.key not in faults.media or faults.late:
+            made = not item.stored or item.key in damaged
+            if made and (item.key not in faults.media or faults.late):
                 self._encode(item, spoilt=item.key in faults.media)
-                if faults.lost is not None:  # nobody can tell what became of its rows
-                    self._spoilt.add(item.key)
+        if faults.lost is not None:  # nobody can tell what became of their rows
+            self._spoilt.update(item.key for item in batch.encode)
         failed: dict[int, MMError] = {
             s.seq.seq_id: EngineError("its item could not be encoded")
             for s in batch.sequences
@@ -174,7 +189,7 @@ class FakeRunner:
             self.in_flight.remove(step)
             if faults.lost is not None:
                 raise faults.lost
-            return StepResult(sampled, failed, faults.media)
+            return StepResult(sampled, failed, faults.media, frozenset(damaged))
 
         return LaunchedStep(wait, bool(failed or faults.media) and not faults.late)
 
@@ -187,15 +202,25 @@ class FakeRunner:
         assert len(set(slots)) == len(slots)
         assert min(slots, default=0) >= 0
 
-    def _encode(self, item: EncodeItem, *, spoilt: bool) -> None:
+    def _read_back(self, item: EncodeItem) -> bool:
+        rows = self.transfers.read_rows(item.key, item.stored)
+        if rows is not None:
+            for place, row in zip(self._take_places(item), rows, strict=True):
+                self.slab[place] = row
+        return rows is not None
+
+    def _take_places(self, item: EncodeItem) -> list[int]:
         assert item.key not in self.rows, "encoded although present"
         count, taken = item.feature.num_tokens, {place for places in self.rows.values() for place in places}
         free = [place for place in range(len(self.slab)) if place not in taken]
         assert len(free) >= count, "more rows than the slab has"
         self.rows[item.key] = free[:count]
+        return free[:count]
+
+    def _encode(self, item: EncodeItem, *, spoilt: bool) -> None:
         if spoilt:
             self._spoilt.add(item.key)
-        for row, place in enumerate(free[:count]):
+        for row, place in enumerate(self._take_places(item)):
             self.slab[place] = None if spoilt else (item.key, row)
         self.encoded.append(item.key)
         self.rows.calls += 1
@@ -282,17 +307,46 @@ class FakeRunner:
         return SampledToken(token)
 
 
+@dataclass(frozen=True)
+class Tiers:
+    """What a world has behind the device. always: whatever the policy says of its cost, what can be is copied back.
+    max_filling: blocks."""
+
+    slots: int
+    places: int = 0
+    faults: CopyFaults = field(default_factory=CopyFaults)
+    always: bool = True
+    max_filling: int = 1024
+    max_spills: int = 4
+    seed: int = 0
+
+
 class World:
     """Engine core and fake runner, with the books checked whenever they change."""
 
-    def __init__(self, *, overlap: bool = False, **settings: Any) -> None:
-        self.scheduler = make_scheduler(**settings)
-        self.runner = FakeRunner(self.scheduler.pool.block_size, self.scheduler.encoder_cache.capacity)
-        self.core = EngineCore(self.scheduler, self.runner, 0, overlap)  # type: ignore[arg-type]
+    def __init__(
+        self, *, overlap: bool = False, tiers: Tiers | None = None, policy: str = "reuse", **settings: Any
+    ) -> None:
+        found = POLICIES[policy]
+        if tiers is not None and tiers.always:
+            found = replace(found, restores=lambda what, costs: True)
+        self.scheduler = make_scheduler(policy=found, **settings)
+        seed, slots = (0, 0) if tiers is None else (tiers.seed, tiers.slots)
+        capacity = self.scheduler.encoder_cache.capacity
+        self.runner = FakeRunner(self.scheduler.pool.block_size, capacity, slots, seed)
+        self.disk: FakeDisk | None = None
+        if tiers is not None:
+            self.disk = FakeDisk(tiers.places) if tiers.places else None
+            config = TierConfig(8, 2, max_filling=8 * tiers.max_filling, max_spills=tiers.max_spills)
+            self.scheduler.add_tiers(HostTier(slots), config, self.disk)
+            self.runner.transfers.faults = tiers.faults
+        ticks = itertools.count()
+        self.core = EngineCore(self.scheduler, self.runner, 0, overlap, lambda: next(ticks) * 1e-3)  # type: ignore[arg-type]
         self.sequences: list[Sequence] = []
         self.errors: dict[str, MMError] = {}
         self._check("schedule")
         self._check("update")
+        self._check("take_transfers")
 
     def _check(self, name: str) -> None:
         real = getattr(self.scheduler, name)
@@ -326,6 +380,9 @@ class World:
         for _ in range(limit):
             if not self.core.has_work:
                 assert not self.runner.in_flight
+                self.core.drain()
+                self.scheduler.check_integrity()
+                assert not self.runner.transfers.pending
                 return
             self.step()
         raise AssertionError("the engine did not finish")
@@ -345,8 +402,7 @@ def random_faults(seed: int, rate: float) -> Callable[[ScheduledBatch], Faults]:
             return Faults(lost=RuntimeError("failed on the device"))
         if kind == "nan" and batch.sequences:
             return Faults(nan=frozenset({dice.choice(batch.sequences).seq.seq_id}))
-        if not batch.encode:
-            return Faults()
-        return Faults(media=frozenset({dice.choice(batch.encode).key}), late=kind == "late")
+        made = [item.key for item in batch.encode if not item.stored]
+        return Faults(media=frozenset({dice.choice(made)}), late=kind == "late") if made else Faults()
 
     return odd

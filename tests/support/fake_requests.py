@@ -58,6 +58,11 @@ class Truth:
             self._contents[r.offset : r.end] = [f"{r.feature.key!r}:{i}" for i in range(r.length)]
         if request.source is not None:
             self._contents[0] += f"|{request.source.key!r}"
+        self._shift = 0 if request.positions is None else request.decode_delta
+        if request.positions is not None:
+            for index, place in enumerate(request.positions.T.tolist()):
+                if place != [index] * len(place):
+                    self._contents[index] += f"@{place}"
         self._prompt_len = len(request.token_ids)
         self._chains: list[int] = []
         self.tokens: list[int] = []
@@ -66,7 +71,8 @@ class Truth:
         while len(self._chains) <= position:
             before = self._chains[-1] if self._chains else 0
             if len(self._chains) == len(self._contents):
-                self._contents.append(str(self.token(len(self._contents) - self._prompt_len)))
+                content, place = str(self.token(len(self._contents) - self._prompt_len)), len(self._contents)
+                self._contents.append(f"{content}@{[place + self._shift] * 3}" if self._shift else content)
             self._chains.append(zlib.crc32(f"{before}|{self._contents[len(self._chains)]}".encode()))
         return self._chains[position]
 

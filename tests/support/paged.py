@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mm_core.layers import AttentionMetadata, ForwardContext
+from mm_core.layers import AttentionMetadata, ForwardContext, LayerCache
 
 BLOCK = 16
 
@@ -35,7 +35,7 @@ class PagedBatch:
         self.tables = {"self": tables[: len(lengths)], "cross": tables[len(lengths) :]}
         shape = (sum(wanted) + 3, BLOCK, spec.kv_heads, spec.head_dim)
         # NaN where nothing was written: reading it shows
-        store = [tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)) for _ in range(spec.layers)]
+        store = [LayerCache(*torch.full((2, *shape), torch.nan, dtype=dtype)) for _ in range(spec.layers)]
         self.caches = {spec.name: store for spec in decoder.kv_specs}
         self.decoder = decoder
         self.sources = list(sources)

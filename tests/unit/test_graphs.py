@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ from support.tiny import randomize_
 from mm_core.config import SamplingParams
 from mm_core.decoders.llama import LlamaConfig, LlamaDecoder
 from mm_core.hookspecs import BuildContext
+from mm_core.kernels import kv_write
 from mm_core.layers import RopeConfig
 from mm_core.runner import chunk_graphs, graphs
 from mm_core.runner.fusing import Modules
@@ -47,14 +47,14 @@ class _Encoder(torch.nn.Module):
         return feature.num_tokens
 
 
-def make_runner() -> ModelRunner:
+def make_runner(kv_dtype: torch.dtype = torch.float32) -> ModelRunner:
     decoder = LlamaDecoder(CONFIG, BuildContext(CPU, torch.float32, 256))
     randomize_(decoder)
-    kv = KVCache(decoder.kv_specs, 64, BLOCK, torch.float32, CPU)
+    kv = KVCache(decoder.kv_specs, 64, BLOCK, kv_dtype, CPU)
     torch.manual_seed(0)
-    for k, v in kv.caches["self"]:
-        k.normal_()
-        v.normal_()
+    noise = torch.randn(2, 2, 64 * BLOCK, 2, 8)
+    for (k, v, scales), (some_k, some_v) in zip(kv.caches["self"], noise, strict=True):
+        kv_write(some_k, some_v, k, v, torch.arange(64 * BLOCK), scales)
     modules = Modules("fake", decoder, _Encoder())  # type: ignore[arg-type]
     runner = ModelRunner(modules, kv, CPU, RunnerLimits(8, 256, 40, 256))
     runner.rows.slab.normal_()
@@ -108,23 +108,21 @@ def compare(
     monkeypatch.setattr(module, "capture", lambda run, _: SimpleNamespace(replay=run))
     runner = runner or make_runner()
     host = runner._builder.build(ScheduledBatch(1, tuple(batch)), runner.rows.places)
-    before = copy.deepcopy(runner.kv.caches)
+    stores = runner.kv.stores
+    before = [store.clone() for store in stores]
     wanted = eager(runner, host)
-    after = copy.deepcopy(runner.kv.caches)
+    after = [store.clone() for store in stores]
+    assert any(not torch.equal(one.float(), two.float()) for one, two in zip(before, after, strict=True))
     with torch.inference_mode():
         made = make(runner)
-        for name, layers in runner.kv.caches.items():
-            for (k, v), (old_k, old_v) in zip(layers, before[name], strict=True):
-                k.copy_(old_k)
-                v.copy_(old_v)
+        for store, old in zip(stores, before, strict=True):
+            store.copy_(old)
         made.capture(None)  # must leave the caches alone
         found = made.run(host)
     assert found is not None
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    for name, layers in runner.kv.caches.items():
-        for (k, v), (new_k, new_v) in zip(layers, after[name], strict=True):
-            torch.testing.assert_close(k, new_k)
-            torch.testing.assert_close(v, new_v)
+    for store, new in zip(stores, after, strict=True):
+        torch.testing.assert_close(store.float(), new.float())
 
 
 def chunks(runner: ModelRunner) -> chunk_graphs.ChunkGraphs:
@@ -134,6 +132,19 @@ def chunks(runner: ModelRunner) -> chunk_graphs.ChunkGraphs:
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_padded_step_computes_what_an_eager_one_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     compare(monkeypatch, chunk_graphs, chunks, BATCHES[name])
+
+
+@pytest.mark.parametrize("name", ["decodes beside chunks", "nothing is sampled"])
+def test_a_padded_step_with_an_fp8_cache(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    compare(monkeypatch, chunk_graphs, chunks, BATCHES[name], make_runner(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_a_padded_decode_step_with_an_fp8_cache(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def make(runner: ModelRunner) -> graphs.DecodeGraphs:
+        return graphs.DecodeGraphs(runner._graph_inputs(0))
+
+    compare(monkeypatch, graphs, make, DECODES[name], make_runner(torch.float8_e4m3fn))
 
 
 @pytest.mark.parametrize("name", DECODES)

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +19,14 @@ from mm_core.config import EngineConfig
 from mm_core.engine import loading, warming
 from mm_core.engine import startup as startup_module
 from mm_core.engine.startup import StartupTimes
-from mm_core.errors import OutOfMemoryError, PluginError
+from mm_core.errors import ConfigError, OutOfMemoryError, PluginError
 from mm_core.hookspecs import BuildContext, KVCacheSpec
 from mm_core.runner import probe
 from mm_core.runner.fusing import Modules
-from mm_core.runner.memory import KVCache, block_bytes, count_blocks, is_out_of_memory, out_of_memory
+from mm_core.runner.memory import KVCache, block_bytes, count_blocks, is_out_of_memory, kv_dtype, out_of_memory
 
 GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -53,10 +55,45 @@ def test_tables_share_one_store_and_must_have_one_shape():
     specs = (KVCacheSpec("self", 2, 3, 8), KVCacheSpec("cross", 2, 3, 8))
     kv = KVCache(specs, 5, 16, torch.float32, torch.device("cpu"))
     assert kv.bytes == 2 * 2 * 5 * 16 * 3 * 8 * 4
-    for (k, v), (cross_k, cross_v) in zip(kv.caches["self"], kv.caches["cross"], strict=True):
+    for (k, v, _), (cross_k, cross_v, _) in zip(kv.caches["self"], kv.caches["cross"], strict=True):
         assert (k.data_ptr(), v.data_ptr()) == (cross_k.data_ptr(), cross_v.data_ptr())
     with pytest.raises(PluginError, match=r"'cross' 2 × 4 × 8.*one shape"):
         KVCache((specs[0], KVCacheSpec("cross", 2, 4, 8)), 5, 16, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_fp8_has_nearly_twice_the_tokens_in_the_same_memory(head_dim, free):
+    spec = KVCacheSpec("self", 28, 4, head_dim)
+    sizes = [block_bytes((spec,), 16, dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    free["free"] = 60 * 2**30
+    config = KvCacheConfig(dtype="fp8")
+    half, fp8 = (count_blocks(config, size, GPU, lambda: 0) for size in sizes)
+    assert fp8 >= 1.9 * half
+    half, fp8 = (count_blocks(config, size, CPU, lambda: 0) for size in sizes)
+    assert fp8 >= 1.9 * half
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_stores_hold_every_byte_of_a_block_and_begin_as_zeros(dtype):
+    spec = KVCacheSpec("self", 2, 3, 8)
+    kv = KVCache((spec,), 5, 16, dtype, CPU)
+    assert [tuple(store.shape) for store in kv.stores] == [(2, 2, 5, 16, 3, 8), (2, 2, 5, 3, 16)][: len(kv.stores)]
+    assert sum(store.nbytes for store in kv.stores) == kv.bytes == 5 * kv.block_bytes
+    assert kv.token_bytes * 2 * 16 == kv.block_bytes
+    assert all(not store.view(torch.uint8).any() for store in kv.stores)
+    quantised = dtype == torch.float8_e4m3fn
+    assert [store.dtype for store in kv.stores] == [dtype, torch.uint8][: 1 + quantised]
+    for index, (k, v, scales) in enumerate(kv.caches["self"]):
+        parts = (k, v) if scales is None else (k, v, *scales)
+        assert (scales is not None) == quantised
+        homes = [store[index, which] for store in kv.stores for which in (0, 1)]
+        assert [part.data_ptr() for part in parts] == [home.data_ptr() for home in homes]
+        assert parts[0].shape == (5, 16, 3, 8)
+        assert all(part.shape == (5, 16, 3) for part in parts[2:])
+    held = weakref.ref(kv.caches["self"][0].k)
+    del k, v, scales, parts, homes
+    kv.release()
+    assert held() is None
 
 
 def test_blocks_take_their_share_of_what_a_step_leaves(free):
@@ -242,3 +279,10 @@ def test_a_quick_or_failed_start_shows_nothing(monkeypatch):
     time.sleep(0.4)
     quiet.finish()
     assert stream.getvalue() == ""
+
+
+def test_keys_are_kept_in_the_models_dtype_or_in_eight_bits() -> None:
+    assert kv_dtype(KvCacheConfig(), torch.bfloat16) == kv_dtype(KvCacheConfig(dtype="bfloat16"), torch.bfloat16)
+    assert kv_dtype(KvCacheConfig(dtype="fp8"), torch.float32) == torch.float8_e4m3fn
+    with pytest.raises(ConfigError, match=r"computes in float32.*dtype='auto' or 'fp8'"):
+        kv_dtype(KvCacheConfig(dtype="bfloat16"), torch.float32)

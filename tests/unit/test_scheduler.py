@@ -7,16 +7,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from support.fake_model import World, random_faults
-from support.fake_requests import expected_tokens, feature, make_request, make_source
+from support.fake_model import World
+from support.fake_requests import expected_tokens, feature, make_request
+from support.lives import WORLDS, live
 
 from mm_core.config import SamplingParams
-from mm_core.engine.messages import Abort, ClearCache
+from mm_core.engine.messages import ClearCache
 from mm_core.errors import EngineError
-from mm_core.scheduler import Candidate, SampledToken, Sequence, StepResult, longest_prefix_first
+from mm_core.scheduler import Candidate, SampledToken, StepResult, longest_prefix_first
 from mm_core.types import FinishReason
 
 Make = Callable[..., World]
@@ -174,7 +174,7 @@ def test_an_item_over_the_encoder_budget_runs_alone(make: Make) -> None:
 
 def test_encoder_rows_outlive_the_request_and_are_evicted_for_room(make: Make) -> None:
     world = make(encoder_rows=20, reuse=False)
-    for name in ("x", "x", "y", "z", "x"):
+    for name in ("x", "y", "y", "z", "y", "x"):  # y is found more often, and stays
         world.add(make_request(name, [10, feature(name, 8), 11]))
         world.run()
     assert world.runner.encoded == [b"x", b"y", b"z", b"x"]
@@ -217,7 +217,7 @@ def test_abort_while_a_step_is_in_flight_keeps_blocks_pending() -> None:
     assert world.scheduler.pool.counts()["pending"] == 3
     world.scheduler.check_integrity()
     world.scheduler.update(batch, StepResult({}))
-    assert world.scheduler.pool.counts() == {"free": 32, "cached": 0, "in_use": 0, "pending": 0}
+    assert world.scheduler.pool.counts() == {"free": 32, "cached": 0, "in_use": 0, "pending": 0, "pinned": 0}
 
 
 def test_a_failed_item_is_encoded_anew_for_who_else_held_it() -> None:
@@ -257,7 +257,7 @@ def test_what_is_shared_is_no_room_for_the_rest() -> None:
     world.run()
     world.add(make_request("busy", [5, 6, 8, 9, 5], greedy(20)))
     world.step()
-    assert world.scheduler.pool.counts() == {"free": 0, "cached": 6, "in_use": 2, "pending": 0}
+    assert world.scheduler.pool.counts() == {"free": 0, "cached": 6, "in_use": 2, "pending": 0, "pinned": 0}
     (late,) = world.add(make_request("late", [*prompt[:20], 9, 9, 9, 9, 9, 9], greedy(1)))
     world.step()
     assert late.num_computed_tokens == 0
@@ -327,38 +327,6 @@ def test_policy_prefers_cached_prefixes_and_ages() -> None:
     assert longest_prefix_first([fresh, Candidate(1, 0, 0)]) == [0, 1]
 
 
-MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9), feature("d", 2, cost=100)]
-PARTS = st.lists(st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14)
-TEXT = st.lists(st.integers(8, 9), min_size=1, max_size=9)
-SOURCES = [make_source(p) for p in ([MEDIA[0]], [MEDIA[1], MEDIA[0]], [MEDIA[2]], [8, MEDIA[1], 9], [8, 9, 8, 9, 10])]
-STOPS = st.sampled_from([frozenset(), frozenset(range(8, 14)), frozenset({20})])
-ACTIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), PARTS, st.integers(1, 12), st.integers(1, 2), STOPS, st.none()),
-        st.tuples(st.just("add"), TEXT, st.integers(1, 12), st.integers(1, 2), STOPS, st.sampled_from(SOURCES)),
-        st.tuples(st.just("step"), st.integers(1, 4)),
-        st.tuples(st.just("abort"), st.integers(0, 30)),
-        st.tuples(st.just("clear")),
-    ),
-    min_size=3,
-    max_size=30,
-)
-
-
-WORLDS = {
-    "actions": ACTIONS,
-    "overlap": st.booleans(),
-    "num_blocks": st.integers(8, 40),
-    "max_num_seqs": st.integers(1, 6),
-    "max_tokens": st.integers(1, 40),
-    "encoder_rows": st.integers(9, 30),
-    "encoder_budget": st.integers(1, 80),
-    "source_budget": st.sampled_from([0, 1, 12]),
-    "reuse": st.booleans(),
-    "faults": st.one_of(st.none(), st.integers(0, 1000)),
-}
-
-
 @settings(max_examples=200, deadline=None)
 @given(**WORLDS)
 def test_random_life(**world: Any) -> None:
@@ -372,56 +340,3 @@ def test_random_life(**world: Any) -> None:
 @given(**WORLDS)
 def test_random_life_at_length(**world: Any) -> None:
     live(**world)
-
-
-def lone_answer(seq: Sequence) -> list[int]:
-    """Up to a stop token or the length asked for."""
-    tokens = expected_tokens(seq.request, seq.params.max_tokens or 0)
-    ends = [i + 1 for i, token in enumerate(tokens) if token in seq.request.stop_token_ids]
-    return tokens[: min(ends, default=len(tokens))]
-
-
-def live(actions: list[tuple], faults: int | None, **settings: Any) -> None:
-    world = World(**settings)
-    if faults is not None:
-        world.runner.faults = random_faults(faults, 0.1)
-    aborted = set()
-    for name, *values in actions:
-        if name == "add":
-            parts, length, n, stops, source = values
-            params = SamplingParams(max_tokens=length, temperature=0, n=n)
-            extra = {} if source is None else {"source": source, "kv_context": source.key}
-            request = make_request(str(len(world.sequences)), parts, params, stop_token_ids=stops, **extra)
-            if len(request.token_ids) + length <= world.scheduler.sources.max_length(request):
-                world.add(request)
-        elif name == "step":
-            for _ in range(values[0]):
-                world.step()
-        elif name == "clear":
-            world.core.handle(ClearCache())
-            world.scheduler.check_integrity()
-        elif world.sequences:
-            seq = world.sequences[values[0] % len(world.sequences)]
-            world.core.handle(Abort(seq.request.request_id))
-            world.scheduler.check_integrity()
-            aborted.add(seq.request.request_id)
-    world.run()
-    for seq in world.sequences:
-        wanted, request_id = lone_answer(seq), seq.request.request_id
-        if request_id in world.errors or request_id in aborted:
-            assert seq.output_token_ids == wanted[: seq.num_output_tokens]
-        else:
-            assert seq.output_token_ids == wanted
-    assert faults is not None or not world.errors
-    assert world.core.request_ids == []
-    check_empty(world)
-
-
-def check_empty(world: World) -> None:
-    """Nothing is held by anybody."""
-    scheduler = world.scheduler
-    counts = scheduler.pool.counts()
-    assert counts["in_use"] == counts["pending"] == 0
-    assert counts["free"] + counts["cached"] == scheduler.pool.num_blocks
-    scheduler.encoder_cache.check_integrity(set())
-    assert scheduler.encoder_cache.room == scheduler.encoder_cache.capacity

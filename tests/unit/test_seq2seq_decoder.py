@@ -15,7 +15,7 @@ from support.tiny import randomize_
 from mm_core.decoders import Seq2SeqConfig, Seq2SeqDecoder, seq2seq_weight_map
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.hookspecs import BuildContext
-from mm_core.layers import AttentionMetadata, ForwardContext
+from mm_core.layers import AttentionMetadata, ForwardContext, LayerCache
 
 TOLERANCE = 5e-4  # of logits, in float32
 BLOCK = 16
@@ -48,7 +48,7 @@ class Batch:
         self.tables = {"self": tables[: len(lengths)], "cross": tables[len(lengths) :]}
         shape = (sum(counts) + 3, BLOCK, spec.kv_heads, spec.head_dim)
         # NaN where nothing was written: reading it shows
-        pool = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(spec.layers)]
+        pool = [LayerCache(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(spec.layers)]
         self.caches = {"self": pool, "cross": pool}
         self.decoder = decoder
         self.done = [0] * len(lengths)
@@ -151,7 +151,7 @@ def test_wanted_rows_alone_are_the_same_rows() -> None:
     whole, batch = Batch(decoder, [40, 5, 20], sources), Batch(decoder, [40, 5, 20], sources)
     torch.testing.assert_close(batch.step(ids, rows), whole.step(ids)[rows], atol=1e-5, rtol=0)
     for ours, theirs in zip(batch.caches["self"], whole.caches["self"], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, equal_nan=True)
+        torch.testing.assert_close(ours[:2], theirs[:2], atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", ["whisper", "mbart"])

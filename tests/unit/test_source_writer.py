@@ -107,9 +107,9 @@ def test_a_source_of_several_items_holds_their_rows_in_order() -> None:
 def test_blocks_past_a_source_and_of_others_are_left_alone() -> None:
     runner = make_runner(Plain("cross_attention"))
     s = scheduled(0, 0, 1, 1, media_source(A))
-    before = [k.clone() for k, _ in runner.kv.caches["cross"]]
+    before = [k.clone() for k, *_ in runner.kv.caches["cross"]]
     run(runner, ScheduledBatch(1, (s,), encode(A), sources=(s.seq,)))
-    for (k, _), old in zip(runner.kv.caches["cross"], before, strict=True):
+    for (k, *_), old in zip(runner.kv.caches["cross"], before, strict=True):
         changed = (k != old).flatten(2).any(2)
         slots = {(b, i) for b, i in changed.nonzero().tolist()}
         table = s.tables["cross"]

@@ -147,7 +147,7 @@ def test_a_source_that_is_there_is_no_room_for_the_rest() -> None:
     world.run()
     world.add(make_request("busy", range(10, 19), greedy(8)))
     world.step()
-    assert world.scheduler.pool.counts() == {"free": 2, "cached": 3, "in_use": 3, "pending": 0}
+    assert world.scheduler.pool.counts() == {"free": 2, "cached": 3, "in_use": 3, "pending": 0, "pinned": 0}
     (late,) = world.add(make_answer("late", CLIP, range(10, 20)))
     world.step()
     assert late.status is Status.WAITING

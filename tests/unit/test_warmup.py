@@ -214,7 +214,7 @@ def test_made_up_steps_run(tmp_path):
     for step in [*media, *text] * 2:  # each round finds the encoder's rows empty
         step()
     assert runner.rows.calls == 2 * 2 * 2
-    assert all(float(k.abs().sum()) > 0 for k, _ in kv.caches["self"])
+    assert all(float(k.abs().sum()) > 0 for k, *_ in kv.caches["self"])
 
 
 def test_an_engine_warms_up_and_lets_go(tmp_path, runtime):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mm_core.errors import ConfigError, InvalidParamsError, MMError, NotBuiltError
+from mm_core.errors import ConfigError, InvalidParamsError, MMError
 from mm_core.hashing import HashAlgorithm
 
 MAX_N = 128
@@ -48,10 +48,6 @@ class _Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise self._error()(describe(error, type(self).__name__)) from None
-        self._check_built()
-
-    def _check_built(self) -> None:
-        """Raise NotBuiltError for options that this release does not have."""
 
     @classmethod
     def _error(cls) -> type[MMError]:
@@ -186,6 +182,7 @@ class KvCacheConfig(_Settings):
 
     free_gpu_memory_fraction: share of the memory left after the weights that goes to KV blocks.
     cpu_cache_size: bytes for KV blocks where there is no GPU.
+    dtype: "auto" is the model's; "fp8" is e4m3 with a scale for each token and head, nearly twice the tokens.
     host_cache_size: bytes of host memory (pinned, for a GPU) for blocks and encoder rows that leave the device;
     0: none. host_cache_checksums: check each on its way back. disk_cache_path: directory for copies of those,
     which survive a restart, at most disk_cache_size bytes a model; needs host_cache_size. They are always checked.
@@ -202,16 +199,19 @@ class KvCacheConfig(_Settings):
     num_blocks: Annotated[int, Field(ge=2)] | None = None
     cpu_cache_size: Annotated[int, Field(ge=2**20)] = 2**30
 
-    def _check_built(self) -> None:
-        if self.dtype == "fp8":
-            raise NotBuiltError(
-                "KvCacheConfig(dtype='fp8'): an fp8 KV cache is not built yet. Use dtype='auto' (the model's dtype)."
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.host_cache_size and not self.enable_block_reuse:
+            raise ValueError(
+                "host_cache_size keeps what is reused, and enable_block_reuse=False reuses nothing; leave one of them "
+                "out"
             )
-        if self.host_cache_size:
-            raise NotBuiltError(
-                f"KvCacheConfig(host_cache_size={self.host_cache_size}): the host tier is not built yet. "
-                "Use host_cache_size=0; blocks evicted from the device are recomputed."
+        if self.disk_cache_path is not None and not self.host_cache_size:
+            raise ValueError(
+                "disk_cache_path needs host_cache_size: blocks go to disk and come back by way of the host's memory; "
+                "set it, e.g. host_cache_size=2 * 1024**3"
             )
+        return self
 
 
 class EngineConfig(_Settings):

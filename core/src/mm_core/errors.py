@@ -20,6 +20,7 @@
     │   │   ├── TooManyMediaError
     │   │   └── UnsupportedMediaError
     │   ├── MediaNotCachedError  a uuid without content whose content is gone
+    │   ├── CacheFullError       more would be pinned than may be
     │   └── RequestAbortedError
     ├── BatchError               some requests of a list failed; holds the others' results
     └── EngineError              the engine itself failed
@@ -170,6 +171,12 @@ class MediaNotCachedError(RequestError):
     """A uuid came without content and its content is not (or no longer) cached. Send it again."""
 
     code = "media_not_cached"
+
+
+class CacheFullError(RequestError):
+    """More would be pinned in a cache than may be; the text names the cache, its bound and what to change."""
+
+    code = "cache_full"
 
 
 class RequestAbortedError(RequestError):

@@ -75,7 +75,8 @@ def media_digest(hasher: Hasher, modality: str, header: Sequence[Field], data: b
     header: dtype or mode, shape, and sample rate or frame times: everything that the raw bytes
     leave open (a 30×100 and a 100×30 picture can have the same bytes).
     """
-    prefix = encode_fields((modality, len(header), *header, len(data)))
+    size = data.nbytes if isinstance(data, memoryview) else len(data)  # len() of a view counts its first axis only
+    prefix = encode_fields((modality, len(header), *header, size))
     begin = _INCREMENTAL.get(hasher)
     if begin is None or not (isinstance(data, bytes) or data.c_contiguous):
         return hasher(prefix + bytes(data))

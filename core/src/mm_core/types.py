@@ -291,7 +291,9 @@ class CacheEvent:
 class CacheLookup:
     """What of a prompt is cached now. prompt_tokens: of the decoder's prompt; device_tokens of them would be found
     on the device, and host_tokens and disk_tokens behind those could be restored. media: items of the prompt;
-    encoded_media of them have their encoder rows on the device, restorable_media others in host or disk."""
+    encoded_media of them have their encoder rows on the device, restorable_media others in host or disk.
+    source_tokens: what the decoder reads by cross-attention, where the family does; cached_source_tokens of them
+    (all or none) would be found or restored."""
 
     prompt_tokens: int
     device_tokens: int
@@ -300,6 +302,8 @@ class CacheLookup:
     media: int = 0
     encoded_media: int = 0
     restorable_media: int = 0
+    source_tokens: int = 0
+    cached_source_tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:

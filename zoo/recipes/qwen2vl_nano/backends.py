@@ -61,11 +61,11 @@ def transformers_backend(folder: Path, device: str = "cpu", batch: int = 48) -> 
     return answer
 
 
-def mm_backend(folder: Path, device: str = "cpu", batch: int = 256) -> Answer:
-    """Greedy decoding by mm-core."""
-    from mm_core import Engine, SamplingParams, TextPrompt
+def mm_backend(folder: Path, device: str = "cpu", batch: int = 256, kv_dtype: str = "auto") -> Answer:
+    """Greedy decoding by mm-core, with keys and values kept in kv_dtype."""
+    from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
 
-    engine = Engine.from_pretrained(folder, device=device)
+    engine = Engine.from_pretrained(folder, device=device, kv_cache_config=KvCacheConfig(dtype=kv_dtype))
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
 
     def answer(asked: list[Asked]) -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections import defaultdict
@@ -53,7 +54,7 @@ def mean(scores: dict[str, float], kinds: tuple[str, ...]) -> float:
 
 def report(scores: dict[str, float], blank: dict[str, float], options: argparse.Namespace) -> dict[str, object]:
     return {
-        "backend": options.backend,
+        "backend": options.backend if options.kv_dtype == "auto" else f"{options.backend}, {options.kv_dtype} KV",
         "per_kind": options.per_kind,
         "seed": options.seed,
         "scene_macro_average": round(mean(scores, SCENE_KINDS), 2),
@@ -111,6 +112,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--backend", choices=(*BACKENDS, "both"), default="transformers",
                         help="'both' scores mm-core too and fails unless every answer is the same")  # fmt: skip
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto",
+                        help="how mm-core keeps keys and values; other than auto not with --write")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--per-kind", type=int, default=250)
     parser.add_argument("--seed", type=int, default=SEED)
@@ -119,16 +122,19 @@ def main() -> None:
     parser.add_argument("--export-samples", type=Path, help="only write a small frozen sample to this folder")
     parser.add_argument("--samples", type=Path, help="score a frozen sample instead")
     options = parser.parse_args()
+    if options.kv_dtype != "auto" and (options.write or options.backend != "mm"):
+        parser.error("--kv-dtype is an option of --backend mm, without --write")
     if options.export_samples:
         print(f"{export(options.export_samples)} bytes in {options.export_samples}")
         return
     begun = time.time()
     asked = load(options.samples) if options.samples else questions(options.per_kind, seed=options.seed)
     print(f"{len(asked)} questions in {time.time() - begun:.0f} s", flush=True)
+    backends = {**BACKENDS, "mm": functools.partial(BACKENDS["mm"], kv_dtype=options.kv_dtype)}
     first = "transformers" if options.backend == "both" else options.backend
-    answer = BACKENDS[first](options.checkpoint, options.device)
+    answer = backends[first](options.checkpoint, options.device)
     if options.backend == "both":
-        answer = agreeing(answer, BACKENDS["mm"](options.checkpoint, options.device))
+        answer = agreeing(answer, backends["mm"](options.checkpoint, options.device))
     scores, wrong = score(answer, asked)
     blank, _ = score(answer, blanked(asked))
     result = report(scores, blank, options)

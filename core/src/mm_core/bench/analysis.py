@@ -202,13 +202,17 @@ def _tokens(measured: Measured, asked: Sequence[Asked]) -> dict[str, Any]:
 
 def _caches(counters: Mapping[str, Any]) -> dict[str, Any]:
     encoder, processor = counters.get("encoder_cache", {}), counters.get("processor_cache", {})
+    host = counters.get("host_cache", {})
     return {
         "kv_cached_tokens": counters.get("cached_tokens"),
+        "copied_tokens": counters.get("copied_tokens"),
         "encoder_hits": encoder.get("hits"),
         "encoder_misses": encoder.get("misses"),
         "encoded_items": counters.get("encoded_items"),
         "processor_hits": processor.get("hits"),
         "processor_misses": processor.get("misses"),
+        "restored_tokens": host.get("restored_tokens"),
+        "restored_items": host.get("restored_items"),
     }
 
 

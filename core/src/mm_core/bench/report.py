@@ -104,13 +104,17 @@ def _reuse(figures: Mapping[str, Any]) -> list[str]:
     tokens, caches = figures["tokens"], figures["caches"]
     low, high = tokens["prompt_min"], tokens["prompt_max"]
     spread = f"{low} each" if low == high else f"{low} to {high} each"
-    return [
+    told = [
         f"  {'tokens':<15} {tokens['prompt']} of prompts ({spread}), {tokens['media']} of media, {tokens['output']} of "
         "output",
         f"  {'reuse':<15} {tokens['cached']} prompt tokens from the KV cache ({tokens['reusable']} could be); encoder "
         f"{caches['encoder_hits']} hits, {caches['encoded_items']} encoded; processor {caches['processor_hits']} hits, "
         f"{caches['processor_misses']} prepared",
     ]
+    if caches.get("restored_tokens") is not None:
+        restored = f"{caches['restored_tokens']} tokens and {caches['restored_items']} items"
+        told.append(f"  {'':<15} copied back from behind the device: {restored}")
+    return told
 
 
 def _phases(figures: Mapping[str, Any]) -> list[str]:

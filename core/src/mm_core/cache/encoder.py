@@ -2,13 +2,13 @@
 
 Every item is in exactly one state:
 
-    held     a sequence reads it, or a step in flight may read or write it: it stays
+    held     a sequence reads it, a step in flight may read or write it, or it is pinned: it stays
     kept     waiting for a sequence that will need it: it leaves only for one that needs room now
     loose    nobody needs it; evicted first
 
-Of the loose ones that goes first which is cheapest to make again for the room it takes, with
-recency as in GreedyDual-Size (Cao and Irani, 1997): priority = clock + cost / rows, the clock being
-the priority of the last one evicted. Of the kept ones the newest goes first.
+Of the loose ones goes first what is worth least: by itself the cache weighs what making it again costs for the room
+it takes, with recency as in GreedyDual-Size (Cao and Irani, 1997); the scheduler puts its policy's word for that. Of
+the kept ones the newest goes first.
 
 So rows are given to another item only after the last step that reads them has completed, and what
 is encoded ahead of need never keeps a running sequence from its own media.
@@ -19,7 +19,18 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+# Worth of an item that nobody needs: of its cost, its rows, how often it was found, the worth of what was evicted
+# last, and a number that grows with every use.
+RowsWorth = Callable[[float, int, int, float, int], float]
+
+
+def by_cost_for_room(cost: float, rows: int, hits: int, clock: float, stamp: int) -> float:  # noqa: ARG001
+    """GreedyDual-Size."""
+    return clock + cost / max(rows, 1)
 
 
 class _State(enum.IntEnum):
@@ -34,30 +45,47 @@ class EncoderEntry:
 
     rows: int
     cost: int
-    priority: float
     holders: set[int] = field(default_factory=set)
     keepers: set[int] = field(default_factory=set)
     state: _State = _State.LOOSE
+    hits: int = 0
     stamp: int = 0  # of its place among the loose ones
+    pinned: bool = False  # stays as if somebody held it
+
+
+class RowsObserver(Protocol):
+    """Told of the items whose rows come and go, in the engine's loop."""
+
+    def encoded(self, key: bytes, rows: int) -> None:
+        """The step that made an item's rows is done (and may have failed: then `dropped` follows)."""
+
+    def dropped(self, key: bytes, rows: int, cost: int, evicted: bool) -> None:
+        """The rows are not there any more. evicted: for want of room; no step in flight touches them, and the step
+        that is being scheduled can read them before it drops them. Else they were given up, or never came."""
 
 
 class EncoderCache:
-    """`capacity` rows of encoder output, keyed by media key."""
+    """`capacity` rows of encoder output, keyed by media key. observers: told of what comes and goes."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.hits = 0
         self.misses = 0
+        self.hit_rows = 0
+        self.evicted_items = 0
+        self.evicted_rows = 0
+        self.observers: list[RowsObserver] = []
+        self.worth: RowsWorth = by_cost_for_room
         self._clock = 0.0
         self._entries: dict[bytes, EncoderEntry] = {}  # in order of their encoding
         self._rows = [0, 0, 0]  # by state
         self._busy: dict[bytes, int] = {}  # item → the step that must complete before it may go
         self._last_step = 0  # the newest in flight, 0 if none is
-        self._loose: list[tuple[float, int, bytes]] = []  # heap of (priority, stamp, key), with stale ones
+        self._loose: list[tuple[float, int, bytes]] = []  # heap of (worth, stamp, key), with stale ones
         self._stamps = itertools.count(1)
         self._evicted: list[bytes] = []
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._entries
 
     def __len__(self) -> int:
@@ -100,7 +128,8 @@ class EncoderCache:
     def _count_hit(self, entry: EncoderEntry, who: int) -> None:
         if who not in entry.keepers:
             self.hits += 1
-            entry.priority = self._clock + entry.cost / max(entry.rows, 1)
+            self.hit_rows += entry.rows
+            entry.hits += 1
 
     def release(self, key: bytes, holder: int) -> None:
         """A holder or keeper needs the item no more, and no step in flight reads it for that one."""
@@ -119,8 +148,7 @@ class EncoderCache:
 
     def _settle(self, key: bytes, entry: EncoderEntry) -> None:
         """Put an entry into the state that follows from who needs it."""
-        held = entry.holders or key in self._busy
-        state = _State.HELD if held else _State.KEPT if entry.keepers else _State.LOOSE
+        state = self._state_of(key, entry)
         if state is not entry.state:
             self._rows[entry.state] -= entry.rows
             self._rows[state] += entry.rows
@@ -128,12 +156,50 @@ class EncoderCache:
             if state is _State.LOOSE:
                 self._push_loose(key, entry)
 
+    def _state_of(self, key: bytes, entry: EncoderEntry) -> _State:
+        if entry.holders or entry.pinned or key in self._busy:
+            return _State.HELD
+        return _State.KEPT if entry.keepers else _State.LOOSE
+
+    def keys(self) -> list[bytes]:
+        """All items, in order of their encoding."""
+        return list(self._entries)
+
+    def rows_of(self, key: bytes) -> int:
+        """Rows of a present item."""
+        return self._entries[key].rows
+
+    def ready(self) -> list[bytes]:
+        """Items whose rows no step in flight makes any more."""
+        return [key for key in self._entries if key not in self._busy]
+
+    def pin(self, key: bytes) -> None:
+        """Keep a present item until it is unpinned, whoever needs room. The caller bounds this. Idempotent."""
+        self._set_pinned(key, True)
+
+    def unpin(self, key: bytes) -> None:
+        """Undo `pin`."""
+        self._set_pinned(key, False)
+
+    def surrender(self) -> bool:
+        """Unpin everything, for a sequence that could never run beside it. False if nothing was pinned."""
+        pinned = [key for key, entry in self._entries.items() if entry.pinned]
+        for key in pinned:
+            self._set_pinned(key, False)
+        return bool(pinned)
+
+    def _set_pinned(self, key: bytes, pinned: bool) -> None:
+        entry = self._entries[key]
+        entry.pinned = pinned
+        self._settle(key, entry)
+
     def _push_loose(self, key: bytes, entry: EncoderEntry) -> None:
         if len(self._loose) > 2 * len(self._entries) + 64:  # mostly stale
             self._loose = [item for item in self._loose if self._is_current(item)]
             heapq.heapify(self._loose)
         entry.stamp = next(self._stamps)
-        heapq.heappush(self._loose, (entry.priority, entry.stamp, key))
+        worth = self.worth(entry.cost, entry.rows, entry.hits, self._clock, entry.stamp)
+        heapq.heappush(self._loose, (worth, entry.stamp, key))
 
     def _is_current(self, item: tuple[float, int, bytes]) -> bool:
         entry = self._entries.get(item[2])
@@ -145,21 +211,20 @@ class EncoderCache:
         """Room for a new item that `step` encodes and reads, evicting loose and kept ones; False if too little."""
         if rows > self.room:
             return False
-        self._insert(key, EncoderEntry(rows, cost, 0.0, holders={holder}), step)
+        self._insert(key, EncoderEntry(rows, cost, holders={holder}), step)
         return True
 
     def allocate_ahead(self, key: bytes, rows: int, cost: int, keeper: int, step: int) -> bool:
         """Room for a new item that `step` encodes for later, evicting loose ones; False if too little."""
         if rows > self.room - self._rows[_State.KEPT]:
             return False
-        self._insert(key, EncoderEntry(rows, cost, 0.0, keepers={keeper}), step)
+        self._insert(key, EncoderEntry(rows, cost, keepers={keeper}), step)
         return True
 
     def _insert(self, key: bytes, entry: EncoderEntry, step: int) -> None:
         while self.used + entry.rows > self.capacity:
             self._evict_one()
         self.misses += 1
-        entry.priority = self._clock + entry.cost / max(entry.rows, 1)
         entry.state = _State.HELD
         self._rows[_State.HELD] += entry.rows
         self._entries[key] = entry
@@ -169,17 +234,32 @@ class EncoderCache:
         while self._loose:
             item = heapq.heappop(self._loose)
             if self._is_current(item):
-                self._clock = item[0]
-                self.discard(item[2])
+                self._clock = max(self._clock, item[0])
+                self._remove(item[2], evicted=True)
                 return
-        self.discard(next(k for k in reversed(self._entries) if self._entries[k].state is _State.KEPT))
+        self._remove(next(k for k in reversed(self._entries) if self._entries[k].state is _State.KEPT), evicted=True)
 
     def discard(self, key: bytes) -> None:
-        """Forget an item now (evicted, or its encoding failed), whoever holds it."""
+        """Forget an item now (its encoding failed), whoever holds it."""
+        self._remove(key, evicted=False)
+
+    def drop(self, key: bytes) -> bool:
+        """Forget an item that nobody holds; False if it is not there, or held."""
+        if key not in self._entries or self._entries[key].state is _State.HELD:
+            return False
+        self._remove(key, evicted=False)
+        return True
+
+    def _remove(self, key: bytes, *, evicted: bool) -> None:
         entry = self._entries.pop(key)
         self._rows[entry.state] -= entry.rows
         self._busy.pop(key, None)
         self._evicted.append(key)
+        if evicted:
+            self.evicted_items += 1
+            self.evicted_rows += entry.rows
+        for observer in self.observers:
+            observer.dropped(key, entry.rows, entry.cost, evicted)
 
     def take_evicted(self) -> list[bytes]:
         """Keys evicted since the last call: the runner drops their rows."""
@@ -199,6 +279,8 @@ class EncoderCache:
         for key in [key for key, last in self._busy.items() if last <= step]:
             del self._busy[key]
             self._settle(key, self._entries[key])
+            for observer in self.observers:
+                observer.encoded(key, self._entries[key].rows)
 
     def check_integrity(self, holders: set[int]) -> None:
         """Raise RuntimeError if the room is miscounted or a holder is not among the live `holders`."""
@@ -206,8 +288,7 @@ class EncoderCache:
         if rows != self._rows or self.used > self.capacity:
             raise RuntimeError(f"encoder cache counts {self._rows} rows by state, holds {rows} of {self.capacity}")
         for key, entry in self._entries.items():
-            held = entry.holders or key in self._busy
-            if entry.state is not (_State.HELD if held else _State.KEPT if entry.keepers else _State.LOOSE):
+            if entry.state is not self._state_of(key, entry):
                 raise RuntimeError(f"an encoder cache entry is in state {entry.state.name} by mistake")
         loose = sum(e.state is _State.LOOSE for e in self._entries.values())
         if loose != sum(map(self._is_current, self._loose)):

@@ -71,6 +71,12 @@ def _add_engine_arguments(engine: Any) -> None:
     engine.add_argument("--max-num-seqs", type=_positive, metavar="N")
     engine.add_argument("--max-num-batched-tokens", type=_positive, metavar="N")
     engine.add_argument("--max-model-len", type=_positive, metavar="N")
+    kinds = ("auto", "float32", "bfloat16", "float16", "fp8")
+    engine.add_argument("--kv-cache-dtype", choices=kinds, help="of keys and values (default: the model's)")
+    engine.add_argument(
+        "--host-cache-size", type=_nbytes, metavar="BYTES", help="of host memory behind the device's, as in 28GiB"
+    )
+    engine.add_argument("--scheduling-policy", choices=("reuse", "fcfs"), help="who starts first, what is kept")
     engine.add_argument("--no-overlap", action="store_true", help="schedule each step after the one before it")
     engine.add_argument("--no-cuda-graphs", action="store_true", help="launch decode steps kernel by kernel")
     engine.add_argument(
@@ -83,6 +89,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return value
+
+
+def _nbytes(text: str) -> int:
+    """A number of bytes, in KiB, MiB or GiB where that stands behind it."""
+    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")) :]
+    powers = {"": 0, "B": 0, "KiB": 1, "MiB": 2, "GiB": 3}
+    if unit not in powers or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no size. Want bytes, or a whole number of KiB, MiB or GiB: 28GiB")
+    return int(number) << 10 * powers[unit]
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -155,22 +170,23 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_format": arguments.load_format,
         "record_timeline": not arguments.no_timeline,
     }
-    for name in ("revision", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+    for name in ("revision", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "scheduling_policy"):
         if (value := getattr(arguments, name)) is not None:
             options[name] = value
     if arguments.no_overlap:
         options["overlap"] = False
     if arguments.no_cuda_graphs:
         options["cuda_graphs"] = False
-    return options | _more_options(arguments.set)
+    named = {"dtype": arguments.kv_cache_dtype, "host_cache_size": arguments.host_cache_size}
+    cache = {name: value for name, value in named.items() if value is not None}
+    return options | _more_options(arguments.set, cache)
 
 
-def _more_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """`--set FIELD=VALUE`; fields of the KV cache are spelt kv_cache_config.FIELD."""
+def _more_options(assignments: Sequence[str], cache: dict[str, Any]) -> dict[str, Any]:
+    """`--set FIELD=VALUE`; fields of the KV cache are spelt kv_cache_config.FIELD, and go to those in `cache`."""
     from mm_core.config import KvCacheConfig
 
     options: dict[str, Any] = {}
-    cache: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from mm_core import __version__
 from mm_core.cli import tables
 from mm_core.cli.bench import add_bench_arguments, bench
+from mm_core.cli.cache_sim import add_cache_sim_arguments, cache_sim
 from mm_core.cli.new_plugin import add_new_plugin_arguments, new_plugin
 from mm_core.cli.run import add_run_arguments, run
 from mm_core.errors import MMError
@@ -49,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="measure throughput and latency", allow_abbrev=False)
     add_bench_arguments(command)
     command.set_defaults(call=bench)
+
+    command = commands.add_parser("cache-sim", help="replay a trace against the caches alone", allow_abbrev=False)
+    add_cache_sim_arguments(command)
+    command.set_defaults(call=cache_sim)
 
     command = commands.add_parser("new-plugin", help="write a working plugin to begin from", allow_abbrev=False)
     add_new_plugin_arguments(command)

@@ -195,7 +195,8 @@ class CrossAttention(nn.Module):
         slots = context.tables["cross"].slot_mapping
         assert slots is not None, "where a source is written, its slots are known"
         k, v = self.kv_proj(rows).view(rows.shape[0], 2, *self.shape).unbind(1)
-        kv_write(k, v, *context.caches["cross"][self.layer], slots)
+        cache = context.caches["cross"][self.layer]
+        kv_write(k, v, cache.k, cache.v, slots, cache.scales)
 
 
 class Seq2SeqLayer(nn.Module):

@@ -164,7 +164,8 @@ class T5CrossAttention(nn.Module):
         k, v = self.kv(rows).view(len(rows), 2, self.heads, -1).unbind(1)
         slots = context.tables["cross"].slot_mapping
         assert slots is not None, "a source is written somewhere"
-        kv_write(k, v, *context.caches["cross"][self.layer], slots)
+        cache = context.caches["cross"][self.layer]
+        kv_write(k, v, cache.k, cache.v, slots, cache.scales)
 
 
 class T5MLP(nn.Module):

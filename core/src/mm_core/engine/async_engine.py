@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.cache import AsyncCacheControl
 from mm_core.engine.frontend import Frontend
 from mm_core.engine.tasks import Outcome, TaskRun, unwrap
 from mm_core.errors import MMError
@@ -28,6 +29,11 @@ class AsyncEngine:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
+
+    @property
+    def cache(self) -> AsyncCacheControl:
+        """What is cached: warm, pin, evict, look up, watch."""
+        return AsyncCacheControl(self._frontend)
 
     @classmethod
     async def from_pretrained(cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any) -> Self:

@@ -1,20 +1,29 @@
-"""EngineCore: scheduler and runner behind messages, and the thread that drives them."""
+"""EngineCore: scheduler and runner behind messages."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import queue
 import random
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from mm_core.config import SamplingParams
-from mm_core.engine.messages import Abort, ClearCache, Message, Submit, TokenOutput
+from mm_core.engine.lifecycle import CacheKeeper
+from mm_core.engine.messages import (
+    Abort,
+    CacheNews,
+    CacheQuery,
+    CacheReply,
+    ClearCache,
+    Message,
+    Notice,
+    Submit,
+    TokenOutput,
+)
 from mm_core.engine.precedence import Precedence
 from mm_core.errors import EngineError, MMError
 from mm_core.runner.memory import is_lost
@@ -22,6 +31,7 @@ from mm_core.runner.step import LaunchedStep
 from mm_core.scheduler.scheduler import Scheduler
 from mm_core.scheduler.sequence import ScheduledBatch, ScheduledSequence, Status, StepResult, TokenEvent
 from mm_core.scheduler.sequence import Sequence as SequenceState
+from mm_core.scheduler.transfers import Transfers
 from mm_core.tracing import SpanRecorder
 from mm_core.types import FinishReason, PreparedRequest
 
@@ -36,19 +46,31 @@ class EngineCore:
 
     overlap: a step is scheduled and launched before the one before it is taken in, so that the device
     never waits for Python. Answers that end are then noticed one step late, and what was computed
-    behind their end is dropped.
+    behind their end is dropped. clock: seconds, for what steps cost.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, seed: int, overlap: bool = False) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        seed: int,
+        overlap: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._stay = 1 if overlap else 0  # steps left in flight behind a launch
-        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
+        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep, float]] = deque()  # and when it was launched
+        self._clock = clock
+        self._last_end = 0.0
         self.precedence = Precedence()
         self._random = random.Random(seed)
         self._next_id = 0
         self._requests: dict[str, list[SequenceState]] = {}
         self.recorder: SpanRecorder | None = None  # gets what this thread does in a step
+        self.keeper = CacheKeeper(scheduler)
+        self.notify: Callable[[Notice], None] = _to_nobody
+        self.before_release: Callable[[], object] = _do_nothing
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.recorder is None else self.recorder.span("engine", name)
@@ -61,8 +83,26 @@ class EngineCore:
             case Abort(request_id, index, stopped):
                 return self._abort(request_id, index, FinishReason.STOP if stopped else FinishReason.ABORT)
             case ClearCache():
-                self.scheduler.prefix.clear()
+                self.scheduler.clear_cache()
                 return []
+            case CacheQuery():
+                self._take_copies()
+                self.tell_news()  # whoever begins to listen now is told of what there is
+                try:
+                    reply = self.keeper.answer(message)
+                except BaseException:  # whoever waits for the answer gets one before the loop ends
+                    self.notify(CacheReply(message.query_id, error=EngineError("The caches' books are wrong.")))
+                    raise
+                self.tell_news()
+                self.notify(reply)
+                return []
+
+    def tell_news(self) -> None:
+        """Tell listeners, if there are any, what came and went in the caches; called after messages and steps."""
+        if self.keeper.doomed:
+            self.keeper.sweep()
+        if self.keeper.log.on and (events := self.keeper.log.take()):
+            self.notify(CacheNews(events))
 
     def _submit(self, request: PreparedRequest) -> list[TokenOutput]:
         params: SamplingParams = request.params
@@ -70,6 +110,7 @@ class EngineCore:
             self.scheduler.sources.check(request)
         except MMError as error:
             return [TokenOutput(request.request_id, 0, None, finish_reason=FinishReason.ERROR.value, error=error)]
+        self.keeper.note(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         sequences = [SequenceState(self._take_id(), request, index, seed) for index in range(params.n)]
         self._requests[request.request_id] = sequences
@@ -109,32 +150,61 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Launch a step and take in what is due: with overlap the one before it, else itself."""
-        preemptions = self.scheduler.stats.preemptions
+        scheduler = self.scheduler
+        preemptions = scheduler.stats.preemptions
+        self._take_copies()
         with self._span("schedule"):
-            batch = self.scheduler.schedule()
+            batch = scheduler.schedule()
         if batch is not None:
             return self._launch(batch)
         if self._in_flight:
             return self._take_in()
-        return self._stuck() if self.scheduler.stats.preemptions == preemptions else []
+        if scheduler.stats.preemptions != preemptions:
+            return []
+        if scheduler.tiers is not None and scheduler.tiers.restores.filling:
+            self._take_copies(wait=True)
+            return []
+        return [] if scheduler.give_up_restored() else self._stuck()
 
     def drain(self) -> list[TokenOutput]:
-        """Take in all that is in flight."""
+        """Take in all that is in flight: steps, and copies behind the device."""
+        outputs = self._take_in_all()
+        while self.scheduler.tiers is not None and self.scheduler.tiers.in_flight:
+            self._take_copies(wait=True)
+        return outputs
+
+    def _take_in_all(self) -> list[TokenOutput]:
         outputs: list[TokenOutput] = []
         while self._in_flight:
             outputs += self._take_in()
         return outputs
 
+    def _take_copies(self, wait: bool = False) -> None:
+        """Take in copies behind the device that have ended; wait: for one at least."""
+        tiers = self.scheduler.tiers
+        if tiers is None or not tiers.in_flight:
+            return
+        if wait:
+            with self._span("wait for copies"), self.precedence.waiting():
+                done = self.runner.transfers.poll(wait=True)
+            if not done and not self.runner.transfers.pending:
+                raise EngineError("Copies between the device and the host's memory were lost.")
+        else:
+            done = self.runner.transfers.poll()
+        if done:
+            self.scheduler.take_transfers(done)
+
     def _launch(self, batch: ScheduledBatch) -> list[TokenOutput]:
+        begun = self._clock()
         try:
             with self._span("launch"):
                 launched = self.runner.launch(batch)
         except BaseException as error:  # a plugin's sys.exit, too: nobody else would ever hear
             _raise_if_lost(error)
             logger.exception("step %d failed", batch.step)
-            outputs = self.drain()  # in order; some of the batch's sequences may end here
+            outputs = self._take_in_all()  # in order; some of the batch's sequences may end here
             return outputs + self._update(batch, self._retry(batch, error))
-        self._in_flight.append((batch, launched))
+        self._in_flight.append((batch, launched, begun))
         outputs = []
         while len(self._in_flight) > (0 if launched.failed else self._stay):
             outputs += self._take_in()
@@ -142,15 +212,30 @@ class EngineCore:
 
     def _take_in(self) -> list[TokenOutput]:
         """Wait for the oldest step in flight; what it brought."""
-        batch, launched = self._in_flight.popleft()
+        batch, launched, begun = self._in_flight.popleft()
         try:
             with self._span("wait"), self.precedence.waiting():
                 result = launched.wait()
+            begun, self._last_end = max(begun, self._last_end), self._clock()
+            self._measure(batch, self._last_end - begun)
         except BaseException as error:
             _raise_if_lost(error)
             logger.exception("step %d failed on the device", batch.step)
             result = _failed(batch.sequences, error, (item.key for item in batch.encode))
         return self._update(batch, result)
+
+    def _measure(self, batch: ScheduledBatch, seconds: float) -> None:
+        """What a step tells of costs. Steps of decodes alone matter only to what comes back between them."""
+        scheduler, sequences = self.scheduler, batch.sequences
+        if not sequences or batch.sources or (sequences[-1].length == 1 and not batch.encode and not scheduler.tiers):
+            return
+        made = [item for item in batch.encode if not item.stored]
+        if made and not {item.key for item in made} <= set().union(*(s.seq.held_media for s in sequences)):
+            return  # what is encoded ahead is waited for by another step
+        decodes = batch.num_decodes
+        tokens = sum(s.length for s in sequences[decodes:])
+        cost = sum(scheduler.media.cost(item.feature) for item in made)
+        scheduler.costs = scheduler.costs.observe_step(tokens, cost, seconds, decodes)
 
     def _update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         with self._span("update"):
@@ -159,8 +244,8 @@ class EngineCore:
     def _retry(self, batch: ScheduledBatch, error: BaseException) -> StepResult:
         """Run the sequences of a step that could not be launched one by one, so that only those at fault end.
 
-        Running one again is safe: it writes the same KV to the same slots. What was to be encoded
-        ahead is left for the steps that need it.
+        Running one again is safe: it writes the same KV to the same slots. Copies within the device are made again,
+        others were launched before all else. What was to be encoded ahead is left for the steps that need it.
         """
         held = set().union(*(s.seq.held_media for s in batch.sequences))
         alone = len(batch.sequences) == 1 and all(item.key in held for item in batch.encode)
@@ -179,7 +264,15 @@ class EngineCore:
         encode = tuple(i for i in batch.encode if i.key in held and i.key not in self.runner.rows)
         try:
             sources = tuple(seq for seq in batch.sources if seq is scheduled.seq)
-            part = replace(batch, sequences=(scheduled,), encode=encode, evicted_media=(), sources=sources)
+            copies = tuple(c for c in batch.transfers.copies if c.target in scheduled.tables["self"])
+            part = replace(
+                batch,
+                sequences=(scheduled,),
+                encode=encode,
+                evicted_media=(),
+                sources=sources,
+                transfers=Transfers(copies=copies),
+            )
             return self.runner.launch(part).wait()
         except BaseException as error:
             _raise_if_lost(error)
@@ -192,8 +285,8 @@ class EngineCore:
         self.scheduler.finish(seq, FinishReason.ERROR)
         error = EngineError(
             f"A request of {seq.num_tokens} tokens cannot be scheduled: the KV cache or the encoder cache is too "
-            "small for it. Raise KvCacheConfig(num_blocks / cpu_cache_size / free_gpu_memory_fraction) or "
-            "encoder_cache_tokens."
+            "small for it, or too much of them is pinned. Raise KvCacheConfig(num_blocks / cpu_cache_size / "
+            "free_gpu_memory_fraction) or encoder_cache_tokens, or unpin something."
         )
         return self._report([TokenEvent(seq, None, finish_reason=FinishReason.ERROR, error=error)])
 
@@ -219,10 +312,14 @@ class EngineCore:
 
     def release(self) -> None:
         """Give the device's memory back: modules, KV tensors, encoder rows. The books stay readable."""
-        self.runner.release()
+        try:
+            self.before_release()
+        finally:
+            self.runner.release()
 
     def stats(self) -> dict[str, Any]:
         """Counters of scheduler, blocks and encoder."""
+        self._take_copies()
         scheduler = self.scheduler
         return {
             **asdict(scheduler.stats),
@@ -241,7 +338,16 @@ class EngineCore:
                 "misses": scheduler.encoder_cache.misses,
             },
             "kv_cache_bytes": self.runner.kv.bytes,
+            "prompt_hits": self._prompt_hits(),
+            **({} if scheduler.tiers is None else scheduler.tiers.counters()),
         }
+
+    def _prompt_hits(self) -> dict[str, int]:
+        """Where the tokens of the prompts that began came from: `queried` is the sum of the others."""
+        stats, tiers = self.scheduler.stats, self.scheduler.tiers
+        host, disk = (0, 0) if tiers is None else (tiers.stats.host_hits, tiers.stats.disk_hits)
+        levels = {"device": stats.cached_tokens - host - disk, "host": host, "disk": disk}
+        return {"queried": stats.queried_tokens, **levels, "computed": stats.queried_tokens - stats.cached_tokens}
 
 
 def _failed(scheduled: Iterable[ScheduledSequence], error: BaseException, media: Iterable[bytes] = ()) -> StepResult:
@@ -254,6 +360,14 @@ def _failed(scheduled: Iterable[ScheduledSequence], error: BaseException, media:
     return StepResult({}, {s.seq.seq_id: fault for s in scheduled}, frozenset(media))
 
 
+def _do_nothing() -> None:
+    """There is nothing to keep."""
+
+
+def _to_nobody(notice: Notice) -> None:
+    """Nobody asked."""
+
+
 def _raise_if_lost(error: BaseException) -> None:
     """Raise an error after which the device is of no use to anybody, as after an illegal access.
 
@@ -261,124 +375,3 @@ def _raise_if_lost(error: BaseException) -> None:
     """
     if is_lost(error):
         raise error
-
-
-class CoreThread:
-    """Runs an EngineCore in a thread of the caller's process.
-
-    make builds the core, and so loads the model, in that same thread: each thread that calls torch
-    on a CPU gets a team of workers of its own, and as soon as there are more workers than cores
-    they sleep and wake around every call (measured: decode steps of 14 ms take 20 to 27). What it
-    raises is raised here. listener gets the outputs of each step, in the core's thread; messages it
-    sends while it runs are handled before the next step.
-    """
-
-    _core: EngineCore
-
-    def __init__(self, make: Callable[[], EngineCore], listener: Callable[[Sequence[TokenOutput]], None]) -> None:
-        self._listener = listener
-        self._inbox: queue.SimpleQueue[Message | threading.Event | None] = queue.SimpleQueue()
-        self._stats: dict[str, Any] = {}
-        ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        target = functools.partial(self._main, make, ready)
-        self._thread = threading.Thread(target=target, name="mm-core-engine", daemon=True)
-        self._thread.start()
-        error = ready.get()
-        if error is not None:
-            raise error
-
-    def _main(self, make: Callable[[], EngineCore], ready: queue.SimpleQueue[BaseException | None]) -> None:
-        try:
-            self._core = make()
-        except BaseException as error:
-            ready.put(error)
-            return
-        self._stats = self._core.stats()
-        ready.put(None)
-        self._run()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the loop still runs."""
-        return self._thread.is_alive()
-
-    def send(self, message: Message) -> None:
-        """Queue a message; returns at once."""
-        self._inbox.put(message)
-
-    def stats(self) -> dict[str, Any]:
-        """The core's counters, taken between two steps."""
-        ready = threading.Event()
-        self._inbox.put(ready)
-        while not ready.wait(0.05):
-            if not self.alive:
-                break
-        return self._stats
-
-    def close(self) -> None:
-        """Stop after the step in flight; what is unfinished ends as aborted."""
-        self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while self._take_messages():
-                if self._core.has_work:
-                    self._deliver(self._core.step())
-        except BaseException as error:
-            logger.exception("the engine's loop failed")
-            self._refuse_all(error)
-            return
-        try:
-            for request_id in self._core.request_ids:
-                self._deliver(self._core.handle(Abort(request_id)))
-            self._core.drain()  # the device must be done before its memory is given back
-        except BaseException:  # close() waits for this thread
-            logger.exception("the engine's last step failed")
-
-    def _refuse_all(self, error: BaseException) -> None:
-        """The books cannot be trusted any more: end every request, those to come too, until close()."""
-        fault = EngineError(
-            f"The engine's loop failed with {type(error).__name__}. This is a bug in mm-core: please report it with "
-            "the log. Close this engine and make a new one."
-        )
-        fault.__cause__ = error
-        ended = self._core.request_ids
-        while True:
-            self._deliver([TokenOutput(i, 0, None, finish_reason=FinishReason.ERROR.value, error=fault) for i in ended])
-            message = self._inbox.get()
-            if message is None:
-                return
-            if isinstance(message, threading.Event):
-                message.set()
-            ended = [message.request.request_id] if isinstance(message, Submit) else []
-
-    def _take_messages(self) -> bool:
-        """Handle all that waits, or wait while there is no work. False: close."""
-        block = not self._core.has_work
-        while block or not self._inbox.empty():
-            message = self._receive()
-            block = False
-            if message is None:
-                return False
-            if isinstance(message, threading.Event):
-                self._stats = self._core.stats()
-                message.set()
-            else:
-                self._deliver(self._core.handle(message))
-        return True
-
-    def _receive(self) -> Message | threading.Event | None:
-        if not self._inbox.empty():
-            return self._inbox.get()
-        with self._core.precedence.waiting():
-            return self._inbox.get()
-
-    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
-        if not outputs:
-            return
-        try:
-            self._listener(outputs)
-        except Exception:  # a listener's fault must not stop everybody's tokens
-            logger.exception("an output listener failed")

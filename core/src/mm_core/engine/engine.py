@@ -11,6 +11,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.cache import CacheControl
 from mm_core.engine.frontend import Frontend
 from mm_core.engine.tasks import TaskDriver, unwrap
 from mm_core.errors import EngineError, InvalidParamsError, InvalidPromptError, MMError
@@ -35,6 +36,11 @@ class Engine:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
+
+    @property
+    def cache(self) -> CacheControl:
+        """What is cached: warm, pin, evict, look up, watch."""
+        return CacheControl(self._frontend)
 
     @classmethod
     def from_pretrained(cls, model: str | Any, *, plugins: Sequence[Any] | None = None, **options: Any) -> Self:

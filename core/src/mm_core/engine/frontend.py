@@ -8,16 +8,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
-from mm_core.engine.core import CoreThread, EngineCore
+from mm_core.engine.core import EngineCore
+from mm_core.engine.core_thread import CoreThread
 from mm_core.engine.delivery import OutputThread
+from mm_core.engine.desk import CacheDesk
+from mm_core.engine.live import Listener, Live
 from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
 from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
 from mm_core.engine.output import RequestText, WholeTexts
@@ -33,67 +36,12 @@ from mm_core.errors import (
 )
 from mm_core.inputs.prompt import guarded
 from mm_core.tracing import Span, SpanRecorder
-from mm_core.types import PreparedRequest, RequestMetrics, RequestOutput, Usage
+from mm_core.types import PreparedRequest, RequestOutput
 
 logger = logging.getLogger(__name__)
 
 # Outputs that are made text of, and told to a listener, before the engine's thread is let through.
 _STRETCH = 8
-
-Listener = Callable[[RequestOutput | MMError], None]
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request between `add` and its end. ask is what to prepare, until that begins; text is None
-    until it is done. open: answers that have not ended. Times are those of `RequestMetrics`; the
-    counts are of `Usage`, prompt-side ones those of the first answer."""
-
-    listener: Listener
-    stream: bool
-    ask: tuple[Any, SamplingParams, bool | None] | None
-    arrival: float
-    text: RequestText | None = None
-    plain: bool = False
-    open: set[int] = field(default_factory=set)
-    preparing: Future[PreparedRequest] | None = None
-    busy: bool = False  # being prepared, even if the request ended meanwhile
-    prepared: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-    token_times: list[float] | None = None
-    prompt_tokens: int = 0
-    media_tokens: int = 0
-    cached_tokens: int = 0
-    encoded_tokens: int = 0
-
-    def count(self, output: TokenOutput) -> None:
-        """Take in what an output says of the request so far."""
-        if output.index == 0:
-            self.cached_tokens = output.cached_tokens
-        # An item encoded again after a preemption counts once: more than there is was not asked for.
-        self.encoded_tokens = min(max(self.encoded_tokens, output.encoded_rows), self.media_tokens)
-
-    def stamp(self, when: float, index: int) -> None:
-        """A token came."""
-        self.last_token = when
-        if self.first_token is None:
-            self.first_token = when
-        if self.token_times is not None and index == 0:
-            self.token_times.append(when)
-
-    def output(self, text: RequestText) -> RequestOutput:
-        """The answers so far."""
-        times = None if self.token_times is None else tuple(self.token_times)
-        metrics = RequestMetrics(self.arrival, self.prepared, self.first_token, self.last_token, times)
-        counts = Usage(
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            completion_tokens=text.num_tokens,
-            media_tokens=self.media_tokens,
-            encoded_media_tokens=self.encoded_tokens,
-        )
-        return text.output(counts, metrics)
 
 
 class Frontend:
@@ -116,9 +64,10 @@ class Frontend:
         self.startup = StartupTimes(show_progress=config.show_progress)
         self.precedence = Precedence()
         self._outputs = OutputThread(self._on_outputs)
+        self.desk = CacheDesk(lambda message: self._thread.send(message))
         # Reentrant: a stream that the garbage collector finds aborts its request, whatever its thread holds.
         self._lock = threading.RLock()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._ids = itertools.count()
         self._closed = False
         # Prepared media take memory until their request ends: only so many are begun at a time.
@@ -130,7 +79,7 @@ class Frontend:
             self._ends = ends.pop_all()
 
     def _start(self, name: str, plugins: Sequence[Any] | None, ends: ExitStack) -> None:
-        for last in (self.startup.close, self._release, self._end_all):
+        for last in (self.startup.close, self._release, self.desk.close, self._end_all):
             ends.callback(last)
         self._outputs.start()
         ends.callback(self._outputs.close)
@@ -152,6 +101,7 @@ class Frontend:
         self._core, self.max_model_len = build_core(self.model, self.config, self.recorder)
         if self.model.device.type == "cuda":  # on a CPU the operators themselves take the time, without the lock
             self._core.precedence = self.precedence
+        self._core.notify = self.desk.take
         return self._core
 
     # -- requests --------------------------------------------------------------------------
@@ -174,7 +124,7 @@ class Frontend:
                 f"sampling_params is a {type(params).__name__}; give SamplingParams(...).", param="sampling_params"
             )
         request_id = f"req-{next(self._ids)}"
-        live = _Live(listener, stream, (prompt, params, apply_chat_template), time.perf_counter())
+        live = Live(listener, stream, (prompt, params, apply_chat_template), time.perf_counter())
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
@@ -205,7 +155,7 @@ class Frontend:
                 if request_id not in self._live:  # aborted meanwhile
                     live.preparing.cancel()
 
-    def _on_prepared(self, request_id: str, begun: _Live, done: Future[PreparedRequest]) -> None:
+    def _on_prepared(self, request_id: str, begun: Live, done: Future[PreparedRequest]) -> None:
         with self._lock:
             begun.busy = False
             self._room += (gone := request_id not in self._live)  # its end left that to this
@@ -253,7 +203,7 @@ class Frontend:
             if live is not None and live.ask is None and not live.busy:  # else what it took is still held
                 self._room += 1
         if live is not None:
-            _tell(live, result)
+            live.tell(result)
         self._begin_queued()
 
     # -- outputs (in a thread of their own) ------------------------------------------------
@@ -261,7 +211,7 @@ class Frontend:
     def _on_outputs(self, when: float, outputs: Sequence[TokenOutput]) -> None:
         """A step's outputs. Most are a token of an answer that goes on and whose text nobody waits for."""
         lives, slow = self._live, 0
-        ended: list[tuple[_Live, RequestText, TokenOutput]] = []
+        ended: list[tuple[Live, RequestText, TokenOutput]] = []
         for output in outputs:
             live = lives.get(output.request_id)
             if live is None or live.text is None:
@@ -283,7 +233,7 @@ class Frontend:
         for skip in (True, False):
             self._end_plain([e for e in ended if e[1].skip_special_tokens is skip], skip)
 
-    def _end_plain(self, ended: Sequence[tuple[_Live, RequestText, TokenOutput]], skip_special_tokens: bool) -> None:
+    def _end_plain(self, ended: Sequence[tuple[Live, RequestText, TokenOutput]], skip_special_tokens: bool) -> None:
         """Answers that end in one step: their texts are decoded together, so that all are there soon."""
         try:
             shown = [text.shown(output.index, output.finish_reason) for _, text, output in ended]
@@ -296,7 +246,7 @@ class Frontend:
             except BaseException as error:
                 self._on_fault(output, error)
 
-    def _end_answer(self, live: _Live, text: RequestText, output: TokenOutput, whole: str | None) -> None:
+    def _end_answer(self, live: Live, text: RequestText, output: TokenOutput, whole: str | None) -> None:
         if whole is None:
             (whole,) = self._texts.decode(
                 [text.shown(output.index, output.finish_reason)], skip_special_tokens=text.skip_special_tokens
@@ -311,7 +261,7 @@ class Frontend:
         logger.warning("request %s failed", output.request_id, exc_info=error)
         self._fail(output.request_id, _fault("Making text of the tokens", error))
 
-    def _on_output(self, live: _Live, text: RequestText, output: TokenOutput, when: float) -> None:
+    def _on_output(self, live: Live, text: RequestText, output: TokenOutput, when: float) -> None:
         if output.error is not None:
             self._fail(output.request_id, output.error)
         elif output.index not in live.open:
@@ -325,7 +275,7 @@ class Frontend:
         self._thread.send(Abort(request_id))
         self._end(request_id, error)
 
-    def _on_token(self, live: _Live, text: RequestText, output: TokenOutput, when: float) -> None:
+    def _on_token(self, live: Live, text: RequestText, output: TokenOutput, when: float) -> None:
         tokens = [] if output.token_id is None else [output.token_id]
         logprobs = [output.logprobs] * len(tokens)
         if tokens:
@@ -341,7 +291,7 @@ class Frontend:
         elif live.stream:
             with self._lock:  # nothing comes behind the error of an abort
                 if output.request_id in self._live:
-                    _tell(live, live.output(text))
+                    live.tell(live.output(text))
 
     # -- the rest --------------------------------------------------------------------------
 
@@ -381,14 +331,6 @@ class Frontend:
         vars(self).pop("model", None)
         if hasattr(self, "_core"):  # else loading failed
             self._core.release()
-
-
-def _tell(live: _Live, result: RequestOutput | MMError) -> None:
-    """Call a listener; its fault is its own, not other requests'."""
-    try:
-        live.listener(result)
-    except Exception:
-        logger.exception("a listener failed")
 
 
 def _fault(what: str, error: BaseException) -> MMError:

@@ -19,6 +19,7 @@ from mm_core.config import EngineConfig
 from mm_core.decoders import default as default_decoder
 from mm_core.engine.core import EngineCore
 from mm_core.engine.startup import StartupTimes
+from mm_core.engine.tiering import open_tier, plan_tiers, staging_bytes
 from mm_core.engine.warming import SMALLER_STEP, EngineWarmUp
 from mm_core.errors import CheckpointError, ConfigError, OutOfMemoryError
 from mm_core.hashing import get_hasher
@@ -31,7 +32,9 @@ from mm_core.runner.memory import GRAPH_BYTES, KVCache, block_bytes, count_block
 from mm_core.runner.probe import Budgets, measure_step
 from mm_core.runner.rehearsal import noise_features
 from mm_core.runner.runner import ModelRunner, RunnerLimits, resolve_device
-from mm_core.scheduler.scheduler import Scheduler, SchedulerConfig
+from mm_core.scheduler.plan import COPY_TOKENS, SchedulerConfig
+from mm_core.scheduler.policy import POLICIES
+from mm_core.scheduler.scheduler import Scheduler
 from mm_core.tracing import SpanRecorder
 from mm_core.types import MediaFeature
 
@@ -221,12 +224,20 @@ def build_core(
         config.cuda_graphs,
         _source_budget(model, config),
     )
-    with startup.part("runner"), out_of_memory("making the encoder's rows and the runner's tables", _SMALLER_ROWS):
-        runner = ModelRunner(model.modules, kv, model.device, limits, recorder)
-    _capture_graphs(model, config, runner)
-    overlap = config.overlap if config.overlap is not None else model.device.type == "cuda"
-    core = EngineCore(_make_scheduler(model, config, count, length), runner, config.seed, overlap)
-    core.recorder = recorder
+    with ExitStack() as undo:
+        tier = open_tier(model, config, kv)
+        if tier is not None:
+            undo.callback(tier.close)
+        with startup.part("runner"), out_of_memory("making the encoder's rows and the runner's tables", _SMALLER_ROWS):
+            runner = ModelRunner(model.modules, kv, model.device, limits, recorder, tier)
+        undo.callback(runner.transfers.close)
+        _capture_graphs(model, config, runner)
+        overlap = config.overlap if config.overlap is not None else model.device.type == "cuda"
+        scheduler = _make_scheduler(model, config, count, length)
+        core = EngineCore(scheduler, runner, config.seed, overlap)
+        core.recorder = recorder
+        plan_tiers(core, config.show_progress)
+        undo.pop_all()
     return core, length
 
 
@@ -253,11 +264,13 @@ def _make_scheduler(model: LoadedModel, config: EngineConfig, num_blocks: int, m
             max_model_len=max_model_len,
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
             source_budget=_source_budget(model, config),
+            copy_tokens=COPY_TOKENS,
         ),
         BlockPool(num_blocks, config.kv_cache_config.block_size),
         EncoderCache(config.encoder_cache_tokens),
         get_hasher(config.hash_algorithm),
         model.encoder.cost,
+        POLICIES[config.scheduling_policy],
     )
 
 
@@ -280,7 +293,8 @@ def _measure(model: LoadedModel, config: EngineConfig) -> int:
     graphs = GRAPH_BYTES if config.cuda_graphs else 0
     mib = [x / 2**20 for x in (weights, step.decoder, step.encoder, step.kept, graphs)]
     logger.info("MiB: weights %.0f; a full step: decoder %.0f, encoder %.0f, its rows %.0f; graphs %.0f", *mib)
-    return step.total + graphs
+    needed = step.total + graphs
+    return needed + staging_bytes(config.kv_cache_config, max(torch.cuda.mem_get_info(model.device)[0] - needed, 0))
 
 
 def build_pipeline(

@@ -39,7 +39,7 @@ class StartupTimes:
     def part(self, name: str, doing: str = "") -> Iterator[None]:
         """Measure what runs inside the `with`; `doing` says it to the user."""
         if doing:
-            self._say(doing)
+            self.say(doing)
         start = time.perf_counter()
         try:
             yield
@@ -68,7 +68,8 @@ class StartupTimes:
         if bar is not None:
             bar.close()
 
-    def _say(self, doing: str) -> None:
+    def say(self, doing: str) -> None:
+        """What is going on now, for the line on the terminal."""
         with self._lock:
             self._part = doing
             if self._bar is not None:

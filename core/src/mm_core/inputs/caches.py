@@ -7,9 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from mm_core.types import MediaFeature
+from mm_core.errors import CacheFullError
+from mm_core.types import MediaFeature, MediaItem, Modality
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -39,33 +40,143 @@ class LruMap(Generic[K, V]):
             while len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
 
+    def drop(self, wanted: Callable[[K, V], bool]) -> int:
+        """Forget the entries for which that holds; how many there were."""
+        with self._lock:
+            gone = [key for key, value in self._entries.items() if wanted(key, value)]
+            for key in gone:
+                del self._entries[key]
+            return len(gone)
+
     def __len__(self) -> int:
         with self._lock:
             return len(self._entries)
 
 
+class Owner(NamedTuple):
+    """Whose an item is: the salt of its request, and its uuid there."""
+
+    salt: str | None
+    uuid: str | None
+
+
+class MediaName(NamedTuple):
+    """What a uuid can stand for: an item of that modality; of a video, the frames that `sampling` picks."""
+
+    owner: Owner
+    modality: Modality
+    sampling: str = ""
+
+
+class NameRegistry:
+    """The latest item given under each name. Of more than `capacity` the least recently used one goes, pinned ones
+    never."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._items: OrderedDict[MediaName, MediaItem] = OrderedDict()
+        self._by_owner: dict[Owner, set[MediaName]] = {}
+        self._pinned: dict[MediaName, MediaItem] = {}
+        self._pins: set[Owner] = set()
+        self._lock = threading.Lock()
+
+    def get(self, name: MediaName, *, touch: bool = True) -> MediaItem | None:
+        """The item, or None. touch: it is the most recently used one now."""
+        with self._lock:
+            if name in self._pinned:
+                return self._pinned[name]
+            if touch and name in self._items:
+                self._items.move_to_end(name)
+            return self._items.get(name)
+
+    def put(self, name: MediaName, item: MediaItem) -> None:
+        """The name stands for this item from now on."""
+        with self._lock:
+            self._by_owner.setdefault(name.owner, set()).add(name)
+            if name.owner in self._pins:
+                self._pinned[name] = item
+                return
+            self._items[name] = item
+            self._items.move_to_end(name)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while len(self._items) > self._capacity:
+            name, _ = self._items.popitem(last=False)
+            self._disown(name)
+
+    def _disown(self, name: MediaName) -> None:
+        names = self._by_owner[name.owner]
+        names.discard(name)
+        if not names:
+            del self._by_owner[name.owner]
+
+    def pin(self, owner: Owner) -> bool:
+        """Keep an owner's names, present and future; False where there are none."""
+        with self._lock:
+            if owner not in self._by_owner:
+                return False
+            self._pins.add(owner)
+            for name in self._by_owner[owner]:
+                if name in self._items:
+                    self._pinned[name] = self._items.pop(name)
+            return True
+
+    def unpin(self, owner: Owner) -> None:
+        """Undo `pin`."""
+        with self._lock:
+            if owner in self._pins:
+                self._pins.discard(owner)
+                for name in self._by_owner.get(owner, ()):
+                    self._items[name] = self._pinned.pop(name)
+                self._shrink()
+
+    def knows(self, owner: Owner) -> bool:
+        """Whether anything was given under that name and not forgotten."""
+        with self._lock:
+            return owner in self._by_owner
+
+    def drop(self, wanted: Callable[[Owner], bool]) -> list[MediaItem]:
+        """Forget the names, pins included, of the owners for which that holds; what they stood for."""
+        with self._lock:
+            gone: list[MediaItem] = []
+            for owner in [owner for owner in self._by_owner if wanted(owner)]:
+                self._pins.discard(owner)
+                for name in self._by_owner.pop(owner):
+                    gone.append(self._pinned.pop(name) if name in self._pinned else self._items.pop(name))
+            return gone
+
+
 @dataclass(frozen=True)
 class ProcessorCacheStats:
-    """hits: served from the cache or from work already in flight; misses: prepared anew; now held."""
+    """hits: served from the cache or from work already in flight; misses: prepared anew; entries and nbytes: held
+    now, pinned_bytes of them pinned; evicted: dropped for want of room; capacity: in bytes."""
 
     hits: int = 0
     misses: int = 0
     entries: int = 0
     nbytes: int = 0
+    evicted: int = 0
+    pinned_bytes: int = 0
+    capacity: int = 0
 
 
 class ProcessorCache:
     """Preprocessed media by media key, at most `capacity` bytes, least recently used ones dropped.
 
     Work in flight is shared: of several requests that want one new key, one prepares and the rest
-    wait. A failure is not kept, and reaches everybody who waited for it.
+    wait. A failure is not kept, and reaches everybody who waited for it. Features of pinned owners are not
+    dropped, as long as they are no more than half of the capacity.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._features: OrderedDict[bytes, MediaFeature] = OrderedDict()
+        self._pinned: dict[bytes, MediaFeature] = {}
+        self._owners: dict[bytes, Owner] = {}
+        self._pins: set[Owner] = set()
         self._in_flight: dict[bytes, Future[MediaFeature]] = {}
-        self._nbytes = self._hits = self._misses = 0
+        self._nbytes = self._pinned_bytes = self._hits = self._misses = self._evicted = 0
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> MediaFeature | Future[MediaFeature] | None:
@@ -73,7 +184,14 @@ class ProcessorCache:
         with self._lock:
             return self._find(key)
 
-    def find_or_claim(self, key: bytes) -> tuple[MediaFeature | Future[MediaFeature], Future[MediaFeature] | None]:
+    def peek(self, key: bytes) -> MediaFeature | Future[MediaFeature] | None:
+        """As `get`, but nothing is counted, and the feature is no more recently used for it."""
+        with self._lock:
+            return self._pinned.get(key) or self._features.get(key) or self._in_flight.get(key)
+
+    def find_or_claim(
+        self, key: bytes, owner: Owner
+    ) -> tuple[MediaFeature | Future[MediaFeature], Future[MediaFeature] | None]:
         """The feature held under `key`, or its future if it is in flight; and that same future to
         whoever asked first, who must `fill` or `fail` it."""
         with self._lock:
@@ -81,6 +199,7 @@ class ProcessorCache:
             if found is not None:
                 return found, None
             self._misses += 1
+            self._owners[key] = owner
             mine = self._in_flight[key] = Future()
             return mine, mine
 
@@ -99,20 +218,83 @@ class ProcessorCache:
             self.fail(key, mine, error)
             return
         with self._lock:
-            del self._in_flight[key]
-            self._insert(key, feature)
+            if self._in_flight.get(key) is mine:  # else it was evicted before it was there
+                del self._in_flight[key]
+                self._insert(key, feature)
         mine.set_result(given)
 
     def fail(self, key: bytes, mine: Future[MediaFeature], error: BaseException) -> None:
         """Give up what was claimed; the error reaches everybody who waits."""
         with self._lock:
-            self._in_flight.pop(key, None)
+            if self._in_flight.get(key) is mine:
+                del self._in_flight[key]
+                del self._owners[key]
         mine.set_exception(error)
 
     def stats(self) -> ProcessorCacheStats:
         """Counters since the start, and what is held now."""
         with self._lock:
-            return ProcessorCacheStats(self._hits, self._misses, len(self._features), self._nbytes)
+            entries = len(self._features) + len(self._pinned)
+            counts = self._hits, self._misses, entries, self._nbytes, self._evicted
+            return ProcessorCacheStats(*counts, self._pinned_bytes, self._capacity)
+
+    def pin(self, owner: Owner) -> int:
+        """Keep an owner's features, and those to come while there is room; how many there are. With none nothing is
+        pinned. Raises CacheFullError where all pinned ones would be more than half of the capacity."""
+        with self._lock:
+            held = [key for key, o in self._owners.items() if o == owner and key not in self._in_flight]
+            moved = {key: self._features[key] for key in held if key in self._features}
+            wanted, limit = self._pinned_bytes + sum(f.nbytes for f in moved.values()), self._capacity // 2
+            if wanted > limit:
+                raise CacheFullError(
+                    f"With this item {wanted} bytes of preprocessed media would be pinned; at most {limit} can be, "
+                    "half of the processor cache. Unpin another item, or raise processor_cache_size.",
+                    param="uuid",
+                )
+            if held:
+                self._pins.add(owner)
+            for key in moved:
+                self._pinned[key] = self._features.pop(key)
+            self._pinned_bytes = wanted
+            return len(held)
+
+    def unpin(self, owner: Owner) -> bool:
+        """Undo `pin`; False where the owner was not pinned."""
+        with self._lock:
+            if owner not in self._pins:
+                return False
+            self._pins.discard(owner)
+            for key in [key for key in self._pinned if self._owners[key] == owner]:
+                self._features[key] = self._pinned.pop(key)
+                self._pinned_bytes -= self._features[key].nbytes
+            self._shrink()
+            return True
+
+    def count(self, owner: Owner) -> int:
+        """Features held of an owner."""
+        with self._lock:
+            return sum(o == owner and key not in self._in_flight for key, o in self._owners.items())
+
+    def drop(self, wanted: Callable[[Owner], bool]) -> int:
+        """Forget the features, pins included, of the owners for which that holds; how many were held. Those that are
+        being prepared are handed out to who waits for them, and not kept."""
+        with self._lock:
+            self._pins = {owner for owner in self._pins if not wanted(owner)}
+            gone = [key for key, owner in self._owners.items() if wanted(owner)]
+            held = 0
+            for key in gone:
+                del self._owners[key]
+                if self._in_flight.pop(key, None) is None:
+                    self._forget(key)
+                    held += 1
+            return held
+
+    def _forget(self, key: bytes) -> None:
+        """Under the lock: of a held feature."""
+        pinned = self._pinned.pop(key, None)
+        feature = pinned or self._features.pop(key)
+        self._nbytes -= feature.nbytes
+        self._pinned_bytes -= feature.nbytes if pinned else 0
 
     def _find(self, key: bytes) -> MediaFeature | Future[MediaFeature] | None:
         """Under the lock."""
@@ -120,16 +302,27 @@ class ProcessorCache:
             self._hits += 1
             self._features.move_to_end(key)
             return self._features[key]
-        found = self._in_flight.get(key)
+        found = self._pinned.get(key) or self._in_flight.get(key)
         self._hits += found is not None
         return found
 
     def _insert(self, key: bytes, feature: MediaFeature) -> None:
         """Under the lock. An item larger than the whole cache is not kept."""
-        if feature.nbytes > self._capacity:
+        owner, limit = self._owners[key], self._capacity // 2
+        if owner in self._pins and self._pinned_bytes + feature.nbytes <= limit:
+            self._pinned[key] = feature
+            self._pinned_bytes += feature.nbytes
+        elif feature.nbytes > self._capacity - self._pinned_bytes:
+            del self._owners[key]
             return
-        self._features[key] = feature
+        else:
+            self._features[key] = feature
         self._nbytes += feature.nbytes
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self._nbytes > self._capacity:
-            _, dropped = self._features.popitem(last=False)
-            self._nbytes -= dropped.nbytes
+            key = next(iter(self._features))
+            del self._owners[key]
+            self._nbytes -= self._features.pop(key).nbytes
+            self._evicted += 1

@@ -11,7 +11,7 @@ from typing import Any
 from mm_core.errors import EngineClosedError, MediaNotCachedError, PluginError
 from mm_core.hashing import Hasher, media_key
 from mm_core.hookspecs import MediaRequest, Processor
-from mm_core.inputs.caches import LruMap, ProcessorCache
+from mm_core.inputs.caches import MediaName, NameRegistry, Owner, ProcessorCache
 from mm_core.inputs.coordinator import Steps
 from mm_core.inputs.fetch import Fetched, Fetcher, is_quick
 from mm_core.inputs.messages import GivenItem
@@ -23,23 +23,22 @@ from mm_core.types import MediaFeature, MediaItem, Modality
 
 MAX_NAMES = 65536
 
-Name = tuple[str | None, Modality, str, str]  # (salt, modality, uuid, frame sampling)
-
 
 @dataclass(frozen=True)
 class MediaJob:
-    """What all items of one request share. namespace: see `hashing.media_key`."""
+    """What all items of one request share. namespace: see `hashing.media_key`. peek: leave caches and names as they
+    are, to the order of their use."""
 
     request: MediaRequest
     salt: str | None
     namespace: bytes
     sampling: VideoSampling
     allow_paths: bool
+    peek: bool = False
 
 
-def _name(job: MediaJob, modality: Modality, uuid: str) -> Name:
-    """What a uuid stands for: of a video, the frames that these settings pick."""
-    return job.salt, modality, uuid, repr(job.sampling) if modality == "video" else ""
+def _name(job: MediaJob, modality: Modality, uuid: str) -> MediaName:
+    return MediaName(Owner(job.salt, uuid), modality, repr(job.sampling) if modality == "video" else "")
 
 
 @dataclass(eq=False)
@@ -61,7 +60,8 @@ class MediaLoader:
     def __post_init__(self) -> None:
         self.cache = ProcessorCache(self.cache_size)
         self.fetcher = Fetcher(self.hasher, self.limits)
-        self._names: LruMap[Name, MediaItem] = LruMap(MAX_NAMES)
+        self.pinned: set[Owner] = set()
+        self.names = NameRegistry(MAX_NAMES)
 
     def load(self, items: Sequence[GivenItem], job: MediaJob) -> Steps[list[MediaFeature]]:
         """Features of all items, in the order given: those with content first, then named ones."""
@@ -70,8 +70,8 @@ class MediaLoader:
         found = dict(zip(fresh, loaded, strict=True))
         for index, (media, _) in found.items():
             uuid = items[index].uuid
-            if uuid is not None:
-                self._names.put(_name(job, media.modality, uuid), replace(media, data=None))
+            if uuid is not None and not job.peek:
+                self.names.put(_name(job, media.modality, uuid), replace(media, data=None))
         features = []
         for index, item in enumerate(items):
             feature = found[index][1] if index in found else (yield from self._recall(item, job))
@@ -118,12 +118,16 @@ class MediaLoader:
             job.sampling,
             allow_paths=job.allow_paths,
             sampling_rate=getattr(self.processor, "sampling_rate", None),
+            salt=job.salt,
         )
 
     def _begin_feature(self, fetched: Fetched, uuid: str | None, job: MediaJob) -> MediaFeature | Future[MediaFeature]:
         """The feature if it is cached; else the future of its making, which begins unless it has."""
         key, variant = self._key(fetched.item, uuid, job)
-        found, mine = self.cache.find_or_claim(key)
+        if job.peek:
+            there = self.cache.peek(key)
+            return there or self.in_pool("prepare", lambda: self._make(fetched, variant, key, uuid))
+        found, mine = self.cache.find_or_claim(key, Owner(job.salt, uuid))
         if mine is not None:
             try:
                 job_done = self.in_pool("prepare", lambda: self._fill(key, mine, fetched, variant, uuid))
@@ -141,21 +145,48 @@ class MediaLoader:
 
     def _recall(self, given: GivenItem, job: MediaJob) -> Steps[MediaFeature]:
         """The feature of the latest content given under a uuid, in the same salt."""
-        media = self._names.get(_name(job, given.modality, given.uuid or ""))
+        media = self.names.get(_name(job, given.modality, given.uuid or ""), touch=not job.peek)
         feature: MediaFeature | Future[MediaFeature] | None = None
         if media is not None:
             key, _ = self._key(media, given.uuid, job)
-            feature = self.cache.get(key)
+            feature = self.cache.peek(key) if job.peek else self.cache.get(key)
         if isinstance(feature, Future):
             yield feature
             feature = feature.result()
         if feature is None:  # never seen, evicted, or another salt's: one reply for all
-            raise MediaNotCachedError(
-                f"The content of the {given.modality} named by uuid is not cached. "
-                "Send the request again with the content.",
-                param="multi_modal_uuids",
-            )
+            raise not_cached(given.modality, "multi_modal_uuids")
         return feature
+
+    # -- by name ---------------------------------------------------------------------------
+
+    def pin(self, owner: Owner) -> bool:
+        """Keep features and name of an item; whether they were not kept before.
+
+        Raises MediaNotCachedError where a request could not use the name, CacheFullError where too much is pinned.
+        """
+        fresh = owner not in self.pinned
+        if not self.names.knows(owner) or not self.cache.pin(owner):
+            raise not_cached("item", "uuid")
+        self.names.pin(owner)
+        self.pinned.add(owner)
+        return fresh
+
+    def unpin(self, owner: Owner) -> None:
+        """Undo `pin`. Raises MediaNotCachedError where nothing was given under that name."""
+        if owner not in self.pinned and not self.names.knows(owner):
+            raise not_cached("item", "uuid")
+        self.pinned.discard(owner)
+        self.names.unpin(owner)
+        self.cache.unpin(owner)
+
+    def evict(self, wanted: Callable[[Owner], bool]) -> int:
+        """Forget names, features and what their bytes were recognised by; how many features there were."""
+        self.pinned = {owner for owner in self.pinned if not wanted(owner)}
+        digests = {item.digest for item in self.names.drop(wanted)}
+        self.fetcher.forget(digests)
+        return self.cache.drop(wanted)
+
+    # -- keys and making -------------------------------------------------------------------
 
     def _key(self, media: MediaItem, uuid: str | None, job: MediaJob) -> tuple[bytes, bytes]:
         """The media key, and the variant in it."""
@@ -180,3 +211,10 @@ class MediaLoader:
                 f"{item.modality!r} with at least one row. Report it to the plugin's author."
             )
         return replace(feature, key=key, uuid=uuid)
+
+
+def not_cached(what: str, param: str) -> MediaNotCachedError:
+    """The error for a uuid whose content is not known."""
+    return MediaNotCachedError(
+        f"The content of the {what} named by uuid is not cached. Send the request again with the content.", param=param
+    )

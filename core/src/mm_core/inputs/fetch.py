@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Fetcher:
         *,
         allow_paths: bool = True,
         sampling_rate: int | None = None,
+        salt: str | None = None,
     ) -> Fetched:
         """Recognise one value; decode it, unless its bytes were seen before.
 
@@ -67,7 +68,8 @@ class Fetcher:
         `(frames, fps)`, `{"frames": …, "fps": …}`. audio: path, bytes, `data:` URL, `(samples, rate)`
         as `media.samples_to_audio` takes it.
         sampling: which frames of a video are kept. sampling_rate: what sound is resampled to (Hz; None: it
-        stays as it is). allow_paths=False: a str must be a `data:` URL (values that come from a network).
+        stays as it is). allow_paths=False: a str must be a `data:` URL (values that come from a network). salt:
+        whose bytes these are; nobody else's are recognised by them.
         Raises MediaError and its subclasses.
         """
         sampling = sampling or VideoSampling()
@@ -76,7 +78,7 @@ class Fetcher:
         if isinstance(value, str | Path):
             value = read_encoded(modality, value, self._limits.max_encoded_bytes, allow_paths=allow_paths)
         if isinstance(value, bytes):
-            return self._fetch_encoded(modality, value, sampling, sampling_rate)
+            return self._fetch_encoded(modality, value, sampling, sampling_rate, salt)
         if modality == "image" and is_plain(value):
             return self._fetch_plain(value)
         if modality == "audio":
@@ -86,10 +88,10 @@ class Fetcher:
         return Fetched(item, lambda: item)
 
     def _fetch_encoded(
-        self, modality: Modality, data: bytes, sampling: VideoSampling, sampling_rate: int | None
+        self, modality: Modality, data: bytes, sampling: VideoSampling, sampling_rate: int | None, salt: str | None
     ) -> Fetched:
         how = {"video": repr(sampling), "audio": repr(sampling_rate)}.get(modality, "")
-        alias = self._hasher(encode_fields((modality, how, self._hasher(data))))
+        alias = self._hasher(encode_fields((salt, modality, how, self._hasher(data))))
 
         def load() -> MediaItem:
             if modality == "image":
@@ -106,6 +108,10 @@ class Fetcher:
             return Fetched(known, load)
         item = load()
         return Fetched(item, lambda: item)
+
+    def forget(self, digests: Collection[bytes]) -> None:
+        """Recognise no encoded bytes of these contents any more."""
+        self._aliases.drop(lambda _, item: item.digest in digests)
 
     def _fetch_plain(self, image: Image.Image) -> Fetched:
         """A loaded RGB image: its bytes are enough to recognise it; only for a new one is an image made of them."""
@@ -147,7 +153,7 @@ class Fetcher:
         return MediaItem("video", digest, video.frames, info)
 
     def _audio(self, audio: Audio) -> MediaItem:
-        header = ("float32", len(audio.samples), audio.rate)
+        header = ("float32", len(audio.samples), audio.rate, audio.cut_off)  # all that `info` tells
         digest = media_digest(self._hasher, "audio", header, audio.samples.data)
         info = {"sample_rate": audio.rate, "samples": len(audio.samples)} | ({"cut_off": True} if audio.cut_off else {})
         return MediaItem("audio", digest, audio.samples, info)

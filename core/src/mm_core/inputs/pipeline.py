@@ -28,6 +28,7 @@ from mm_core.inputs.messages import Given, PromptLike, check_salt, read_prompt
 from mm_core.inputs.pinning import Pinner
 from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, is_long, too_long
 from mm_core.inputs.sources import Parts, SourceMaker
+from mm_core.inputs.warm import WarmPrompt, read_warm
 from mm_core.media.decode import MediaLimits
 from mm_core.media.video import VideoSampling
 from mm_core.tracing import Span, SpanRecorder
@@ -49,10 +50,11 @@ class _Ask:
     """A request as it came; about: what its spans tell."""
 
     request_id: str
-    prompt: PromptLike
+    prompt: PromptLike | WarmPrompt
     params: SamplingParams
     template: bool | None
     allow_paths: bool
+    peek: bool = False
     about: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,24 +110,37 @@ class InputPipeline:
     def submit(
         self,
         request_id: str,
-        prompt: PromptLike,
+        prompt: PromptLike | WarmPrompt,
         params: SamplingParams | None = None,
         apply_chat_template: bool | None = None,
         *,
         allow_paths: bool = True,
+        peek: bool = False,
     ) -> Future[PreparedRequest]:
         """Prepare one request; its errors (RequestError) come through the future.
 
-        prompt: a str, a TextPrompt, a dict with its keys, chat messages, or a ChatPrompt.
+        prompt: a str, a TextPrompt, a dict with its keys, chat messages, a ChatPrompt, or a WarmPrompt.
         allow_paths=False: media given as str must be `data:` URLs (requests from a network).
+        peek: only to look it up: nothing is cached, or more recently used, for it.
         Raises EngineClosedError after close().
         """
-        ask = _Ask(request_id, prompt, params or SamplingParams(), apply_chat_template, allow_paths)
+        ask = _Ask(request_id, prompt, params or SamplingParams(), apply_chat_template, allow_paths, peek)
         steps = self._prepare(ask)
         try:
             return self._coordinator.submit(steps if self.recorder is None else self._recorded(ask, steps))
         except RuntimeError:
             raise EngineClosedError("The engine was closed. Create a new one.") from None
+
+    def read(self, prompt: PromptLike | WarmPrompt) -> Given:
+        """A prompt's plain form; no media are touched. Raises RequestError."""
+        if isinstance(prompt, WarmPrompt):
+            return read_warm(prompt, self.family, self.processor.modalities)
+        return read_prompt(prompt, self.family, self.processor.modalities)
+
+    @property
+    def media(self) -> MediaLoader:
+        """Features and names."""
+        return self._media
 
     def stats(self) -> ProcessorCacheStats:
         """The processor cache's counters."""
@@ -140,7 +155,7 @@ class InputPipeline:
             self._coordinator.close()
 
     def _prepare(self, ask: _Ask) -> Steps[PreparedRequest]:
-        given = read_prompt(ask.prompt, self.family, self.processor.modalities)
+        given = self.read(ask.prompt)
         ask.about["media"] = len(given.items)
         check_salt(given.cache_salt)
         self._check_params(ask.params)
@@ -155,7 +170,7 @@ class InputPipeline:
         features: list[MediaFeature] = []
         if given.items:
             self.give_way()
-            features = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask.allow_paths)
+            features = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask)
             self.give_way()
         return self._put_together(ask, given, ids, features)
 
@@ -163,6 +178,8 @@ class InputPipeline:
         salt = given.cache_salt
         instruction = self._sources.instruction(lambda: self._renderer.instruction(given, ids)) if features else ()
         ids, ranges = self._renderer.expand(ids, features)
+        if isinstance(ask.prompt, WarmPrompt) and ask.prompt.is_item and ranges and self.fusion.kind == "embed":
+            ids = ids[: ranges[-1].end]  # what comes behind the item is for the questions to say
         if len(ids) + 1 > self.max_model_len:
             raise too_long(len(ids), self.max_model_len)
         parts = self._sources.split(self._salted(salt), ids, ranges, instruction)
@@ -279,11 +296,11 @@ class InputPipeline:
             )
         return positions, int(delta)
 
-    def _features(self, given: Given, request: MediaRequest, allow_paths: bool) -> Steps[list[MediaFeature]]:
+    def _features(self, given: Given, request: MediaRequest, ask: _Ask) -> Steps[list[MediaFeature]]:
         """Features of all items, in the order given."""
         namespace = self._salted(given.cache_salt)
         sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
-        job = MediaJob(request, given.cache_salt, namespace, sampling, allow_paths)
+        job = MediaJob(request, given.cache_salt, namespace, sampling, ask.allow_paths, ask.peek)
         try:
             return (yield from self._media.load(given.items, job))
         except RequestError as error:

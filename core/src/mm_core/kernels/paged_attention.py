@@ -29,6 +29,7 @@ def paged_attention(
     num_decodes: int = 0,
     shared: SharedPrefixes | None = None,
     fresh: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v for every sequence of a batch (Vaswani et al. 2017, eq. 1), in float32.
 
@@ -52,16 +53,18 @@ def paged_attention(
         and where there is a bias.
     fresh: keys and values [T, Hkv, D] of this step's own tokens, q's rows, as they stand in the cache: each
         sequence's last ones. Long chunks are faster read from there. For causal attention.
+    scales: of caches in float8_e4m3fn, those of k and of v, as in `kv_write`: a key is its e4m3 numbers times
+        2^(its head's byte - 127).
 
     Queries that see no key give zeros.
     """
     if q.device.type != "cuda":
         plan = plan or plan_cpu(block_tables, cu_seqlens_q, kv_lens, k_cache.shape[1])
-        return paged_attention_cpu(q, k_cache, v_cache, plan, scale, causal, bias, out)
+        return paged_attention_cpu(q, k_cache, v_cache, plan, scale, causal, bias, out, scales)
     return paged_attention_triton(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens,
         max_q_len=max_q_len, max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, out=out,
-        num_decodes=num_decodes, shared=shared, fresh=fresh,
+        num_decodes=num_decodes, shared=shared, fresh=fresh, scales=scales,
     )  # fmt: skip
 
 
@@ -82,6 +85,7 @@ def paged_attention_triton(
     num_decodes: int = 0,
     shared: SharedPrefixes | None = None,
     fresh: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`paged_attention` by its Triton kernels, whatever the device."""
     from mm_core.kernels._triton.attention_decode import decode
@@ -96,10 +100,12 @@ def paged_attention_triton(
         rows = (q, k_cache, v_cache, block_tables[:singles], cu_seqlens_q[: singles + 1])
         part = None
         if shared is not None and bias is None:
-            part = attend_shared(*rows, shared.members, shared.bounds, shared.lens, max_kv_len=max_kv_len, scale=scale)
+            part = attend_shared(
+                *rows, shared.members, shared.bounds, shared.lens, max_kv_len=max_kv_len, scale=scale, scales=scales
+            )
         decode(
             *rows, kv_lens[:singles], result,
-            max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, shared=part,
+            max_kv_len=max_kv_len, scale=scale, causal=causal, bias=bias, shared=part, scales=scales,
         )  # fmt: skip
     if singles == count:
         return result
@@ -108,11 +114,11 @@ def paged_attention_triton(
     if fresh is not None and plain and packed_pays(q, fresh, k_cache, scale, max_q_len, max_kv_len):
         packed(
             q, *fresh, bounds, result, max_seqlen=max_q_len, scale=scale, causal=True,
-            caches=(k_cache, v_cache), block_tables=tables, kv_lens=lens, first_row=singles,
+            caches=(k_cache, v_cache), block_tables=tables, kv_lens=lens, first_row=singles, scales=scales,
         )  # fmt: skip
     else:
         prefill(
             q, k_cache, v_cache, bounds, result, max_q_len=max_q_len, scale=scale, causal=causal,
-            block_tables=tables, kv_lens=lens, bias=bias, first_row=singles,
+            block_tables=tables, kv_lens=lens, bias=bias, first_row=singles, scales=scales,
         )  # fmt: skip
     return result

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mm_core.kernels.fp8 import dequantise
 
 # Rows of a prefill chunk that share one mask: bounds its size, and skips keys none of them sees.
 CPU_CHUNK = 512
@@ -94,27 +98,57 @@ def paged_attention_cpu(
     causal: bool,
     bias: Tensor | None,
     out: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Single-token sequences together in a few calls, longer ones one by one."""
+    cached = _Cached(k_cache, v_cache, scales, plan, q.dtype)
     # The rows of a batch that only decodes are its queries as they stand.
     whole = len(plan.singles) == 1 and plan.singles[0].rows == list(range(q.shape[0]))
     if whole and out is None:
-        return _attend_singles(q, k_cache, v_cache, plan, plan.singles[0], scale, causal, bias)
+        return _attend_singles(q, *cached.of_group(plan.singles[0]), plan.singles[0], scale, causal, bias)
     result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     for seq in plan.chunks:
         start, end, kv_len = plan.bounds[seq], plan.bounds[seq + 1], plan.lengths[seq]
         if kv_len == 0:
             result[start:end] = 0
             continue
-        k, v = (_gather(cache, plan.blocks[seq], kv_len) for cache in (k_cache, v_cache))
-        _attend_one(q[start:end], k, v, result[start:end], scale, causal, bias)
+        _attend_one(q[start:end], *cached.of_sequence(seq, kv_len), result[start:end], scale, causal, bias)
     for group in plan.singles:
-        result[group.rows] = _attend_singles(q[group.rows], k_cache, v_cache, plan, group, scale, causal, bias)
+        result[group.rows] = _attend_singles(q[group.rows], *cached.of_group(group), group, scale, causal, bias)
     return result
 
 
+@dataclass(frozen=True)
+class _Cached:
+    """Keys and values out of the cache; of an fp8 one as the numbers they stand for, in dtype."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    plan: CpuPlan
+    dtype: torch.dtype
+
+    def of_sequence(self, seq: int, kv_len: int) -> tuple[Tensor, Tensor]:
+        """Of one sequence, [kv_len, Hkv, D] each."""
+        k, v = self._read(functools.partial(_gather, blocks=self.plan.blocks[seq], kv_len=kv_len))
+        return k, v
+
+    def of_group(self, group: _Singles) -> tuple[Tensor, Tensor]:
+        """Of a group, [S, longest, Hkv, D] each."""
+        k, v = self._read(functools.partial(_pick, plan=self.plan, group=group))
+        return k, v
+
+    def _read(self, pick: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        caches = (self.k_cache, self.v_cache)
+        if self.scales is None:
+            return [pick(cache) for cache in caches]
+        bytes_of = [cache.view(torch.uint8) for cache in caches]  # few operations take an fp8 tensor
+        pairs = zip(bytes_of, self.scales, strict=True)
+        return [dequantise(pick(codes), pick(exponents), self.dtype) for codes, exponents in pairs]
+
+
 def _gather(cache: Tensor, blocks: list[int], kv_len: int) -> Tensor:
-    """[kv_len, Hkv, D] of one sequence: a view where its blocks lie one after another."""
+    """[kv_len, Hkv, ...] of one sequence: a view where its blocks lie one after another."""
     if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
         picked = cache[blocks[0] : blocks[0] + len(blocks)]
     else:
@@ -123,7 +157,7 @@ def _gather(cache: Tensor, blocks: list[int], kv_len: int) -> Tensor:
 
 
 def _pick(cache: Tensor, plan: CpuPlan, group: _Singles) -> Tensor:
-    """Keys or values [S, longest, Hkv, D] of a group."""
+    """Keys or values [S, longest, Hkv, ...] of a group."""
     if group.slots is None:
         return _gather(cache, plan.blocks[group.seqs[0]], group.longest)[None]
     block_size = cache.shape[1]
@@ -135,20 +169,12 @@ def _pick(cache: Tensor, plan: CpuPlan, group: _Singles) -> Tensor:
 
 
 def _attend_singles(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: CpuPlan,
-    group: _Singles,
-    scale: float,
-    causal: bool,
-    bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, group: _Singles, scale: float, causal: bool, bias: Tensor | None
 ) -> Tensor:
-    """One query a sequence: q [S, Hq, D] -> [S, Hq, D].
+    """One query a sequence: q [S, Hq, D], k and v [S, longest, Hkv, D] -> [S, Hq, D].
 
     The query heads of one KV head stand in as its queries: no key is copied for them.
     """
-    k, v = _pick(k_cache, plan, group), _pick(v_cache, plan, group)
     count, num_heads, head_size = q.shape
     num_kv_heads, longest = k.shape[2], k.shape[1]
     heads = num_heads // num_kv_heads

@@ -50,6 +50,7 @@ def paged_attention(
     num_decodes: int = 0,  # noqa: ARG001
     shared: object = None,  # noqa: ARG001
     fresh: object = None,  # noqa: ARG001
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `mm_core.kernels.paged_attention`; gathers each sequence's keys token by token."""
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -59,7 +60,11 @@ def paged_attention(
         start, end = bounds[seq], bounds[seq + 1]
         tokens = torch.arange(kv_len, device=q.device)
         blocks = block_tables[seq, tokens // block_size].long()
-        k, v = k_cache[blocks, tokens % block_size], v_cache[blocks, tokens % block_size]
+        k, v = (cache.view(torch.uint8) if scales else cache for cache in (k_cache, v_cache))
+        k, v = k[blocks, tokens % block_size], v[blocks, tokens % block_size]
+        if scales:
+            exponents = [of[blocks, tokens % block_size] for of in scales]
+            k, v = (dequantise_kv(codes.view(FP8), of) for codes, of in zip((k, v), exponents, strict=True))
         rows = torch.arange(end - start, device=q.device)
         if causal:
             rows = rows + kv_len - (end - start)
@@ -91,13 +96,53 @@ def varlen_attention(
     return out
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+FP8 = torch.float8_e4m3fn
+
+
+def quantise_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] as e4m3 numbers [..., D] and exponents [...] uint8: x is about number * 2^(exponent - 127).
+
+    The least power of two, from 2^-15, by which the largest magnitude is at most 448. A head with NaN or an
+    infinity has NaN in its place; in float16 magnitudes end at the last e4m3 number before its infinity.
+    """
+    wide = x.double()
+    amax = wide.abs().amax(-1)
+    significand, power = torch.frexp(amax)  # 448 is 0.875 * 2^9
+    power = torch.where(amax > 0, power - 9 + (significand > 0.875), -15).clamp(min=-15)
+    power = torch.where(amax.isfinite(), power, 120)
+    wide = wide.masked_fill(wide.isinf(), float("nan"))
+    if x.dtype == torch.float16:
+        wide = wide.clamp(-61440, 61440)
+    return (wide / 2.0 ** power[..., None]).float().to(FP8), (power + 127).to(torch.uint8)
+
+
+def dequantise_kv(numbers: Tensor, exponents: Tensor) -> Tensor:
+    """What `quantise_kv` gave as float32 [..., D]."""
+    return (numbers.double() * 2.0 ** (exponents[..., None].double() - 127)).float()
+
+
+def kv_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """See `mm_core.kernels.kv_write`."""
     block_size = k_cache.shape[1]
-    for token, slot in enumerate(slot_mapping.tolist()):
-        if slot >= 0:
-            k_cache[slot // block_size, slot % block_size] = k[token].to(k_cache.dtype)
-            v_cache[slot // block_size, slot % block_size] = v[token].to(v_cache.dtype)
+    for which, (rows, cache) in enumerate(((k, k_cache), (v, v_cache))):
+        numbers, exponents = (rows, None) if scales is None else quantise_kv(rows)
+        for token, slot in enumerate(slot_mapping.tolist()):
+            if slot < 0:
+                continue
+            at = slot // block_size, slot % block_size
+            if scales is None or exponents is None:
+                cache[at] = rows[token].to(cache.dtype)
+            else:
+                cache.view(torch.uint8)[at] = numbers[token].view(torch.uint8)
+                scales[which][at] = exponents[token]
+                rows[token] = dequantise_kv(numbers[token], exponents[token]).to(rows.dtype)
 
 
 def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_freq: Tensor | None = None) -> None:
@@ -157,10 +202,11 @@ def rope_kv_write_(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `mm_core.kernels.rope_kv_write_`."""
     rope_pair_(q, k, cos, sin)
-    kv_write(k, v, k_cache, v_cache, slot_mapping)
+    kv_write(k, v, k_cache, v_cache, slot_mapping, scales)
 
 
 def patchify(pixels: Sequence[Tensor], values: Tensor, *, patch: int, temporal: int, merge: int) -> Tensor:

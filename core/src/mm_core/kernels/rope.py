@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mm_core.kernels.kv_write import kv_write
+from mm_core.kernels.kv_write import Scales, kv_write
 
 
 def build_rope_table(inv_freq: Tensor, max_pos: int, attention_scaling: float = 1.0) -> Tensor:
@@ -73,14 +73,16 @@ def rope_kv_write_(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    scales: Scales | None = None,
 ) -> None:
     """`rope_pair_` of q and k and `kv_write` of the rotated k and of v, in one launch. Tokens that are
     written nowhere (slot -1) may keep their k as it was.
 
-    q: [T, Hq, D]; k, v: [T, Hkv, D]; cos, sin: [T, D_rot / 2] float32; caches and slot_mapping as in `kv_write`.
+    q: [T, Hq, D]; k, v: [T, Hkv, D]; cos, sin: [T, D_rot / 2] float32; caches, slot_mapping
+    and scales as in `kv_write`.
     """
     run = rope_kv_write_triton if q.device.type == "cuda" else _rope_kv_write_cpu
-    run(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    run(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, scales)
 
 
 def rope_kv_write_triton(
@@ -92,11 +94,12 @@ def rope_kv_write_triton(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    scales: Scales | None = None,
 ) -> None:
     """`rope_kv_write_` by its Triton kernel, whatever the device."""
     from mm_core.kernels._triton import rope as impl
 
-    impl.rope_kv_write_(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    impl.rope_kv_write_(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, scales)
 
 
 def _rope_kv_write_cpu(
@@ -108,9 +111,10 @@ def _rope_kv_write_cpu(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    scales: Scales | None,
 ) -> None:
     _rope_pair_cpu(q, k, cos, sin)
-    kv_write(k, v, k_cache, v_cache, slot_mapping)
+    kv_write(k, v, k_cache, v_cache, slot_mapping, scales)
 
 
 def _rope_cpu(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, axis_of_freq: Tensor | None) -> None:

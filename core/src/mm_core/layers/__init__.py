@@ -6,7 +6,7 @@ checkpoint loader fills them) and take everything that describes the batch as an
 
 from mm_core.layers.attention import PagedAttention
 from mm_core.layers.captured import CapturedPasses
-from mm_core.layers.context import AttentionMetadata, ForwardContext
+from mm_core.layers.context import AttentionMetadata, ForwardContext, LayerCache
 from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
 from mm_core.layers.mlp import GatedMLP, project_normed
@@ -23,6 +23,7 @@ __all__ = [
     "Embedding",
     "ForwardContext",
     "GatedMLP",
+    "LayerCache",
     "LayerNorm",
     "Linear",
     "MergedLinear",

@@ -15,7 +15,7 @@ class PagedAttention(nn.Module):
 
     layer: index into the caches of `table`, the block table's name ("self", "cross"). It has no
     parameters; causal or not is the table's metadata. With "cross" a sequence without a source sees no
-    keys and gets zeros.
+    keys and gets zeros. An fp8 cache rounds this step's keys and values in place.
     """
 
     def __init__(self, layer: int, *, scale: float, table: str = "self") -> None:
@@ -42,16 +42,16 @@ class PagedAttention(nn.Module):
         `BuildContext.max_model_len`. The same tensor for all steps: it is read by position where a captured
         step is replayed, and nothing past the keys that exist is read, whatever max_kv_len says."""
         table = context.tables[self.table]
-        k_cache, v_cache = context.caches[self.table][self.layer]
+        cache = context.caches[self.table][self.layer]
         if k is not None and v is not None and table.slot_mapping is not None:
             if rotation is None:
-                kv_write(k, v, k_cache, v_cache, table.slot_mapping)
+                kv_write(k, v, cache.k, cache.v, table.slot_mapping, cache.scales)
             else:
-                rope_kv_write_(q, k, v, *rotation, k_cache, v_cache, table.slot_mapping)
+                rope_kv_write_(q, k, v, *rotation, cache.k, cache.v, table.slot_mapping, cache.scales)
         return paged_attention(
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             table.block_tables,
             table.cu_seqlens_q,
             table.kv_lens,
@@ -64,4 +64,5 @@ class PagedAttention(nn.Module):
             num_decodes=table.num_decodes,
             shared=table.shared,
             fresh=None if k is None or v is None or table.slot_mapping is None else (k, v),
+            scales=cache.scales,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -34,13 +35,21 @@ class AttentionMetadata:
     cpu_plan: CpuPlan | None = None  # without a GPU: what all layers' attention shares
 
 
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each [num_blocks, block_size, kv_heads, head_dim]. scales: of an fp8 cache,
+    those of k and of v, as `kv_write` takes them; else None."""
+
+    k: Tensor
+    v: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class ForwardContext:
-    """tables: metadata by table name. caches: for each table the (K, V) caches by layer, each
-    [num_blocks, block_size, kv_heads, head_dim]. rows: [R] int64, the rows of the batch whose hidden
-    states the caller wants, or None for all T: a decoder returns those alone, and may leave out the
-    others as soon as their keys and values are written."""
+    """tables: metadata by table name. caches: for each table those of the layers. rows: [R] int64, the rows
+    of the batch whose hidden states the caller wants, or None for all T: a decoder returns those alone, and
+    may leave out the others as soon as their keys and values are written."""
 
     tables: Mapping[str, AttentionMetadata]
-    caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    caches: Mapping[str, Sequence[LayerCache]]
     rows: Tensor | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ class EncoderRows:
 
     def __init__(self, encoder: Encoder, family: str, capacity: int, device: torch.device, spans: DeviceSpans) -> None:
         self.calls = 0
+        self.restore: Callable[[Sequence[int], int], Tensor | None] | None = None  # `TransfersRunner.load_rows`
+        self._damaged: set[bytes] = set()
         self._encoder = encoder
         self._family = family
         self._device = device
@@ -53,6 +55,11 @@ class EncoderRows:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.places.by_key
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.slab.shape[1] * self.slab.element_size()
 
     def rehearse(self, examples: Sequence[MediaFeature]) -> None:
         """Let the encoder capture passes, and run it on packs of each example, so that it does."""
@@ -78,6 +85,7 @@ class EncoderRows:
     def release(self) -> None:
         """Drop all rows and the encoder."""
         self.places.by_key.clear()
+        self.restore = None
         del self._encoder, self.slab
 
     def drop(self, keys: Sequence[bytes]) -> None:
@@ -97,17 +105,43 @@ class EncoderRows:
             torch.cuda.current_stream(self._device).wait_event(event)
 
     def encode(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
-        """Items in packed passes; where one fails, its items one by one, so that a bad item fails alone.
+        """Items in packed passes; where one fails, its items one by one, so that a bad item fails alone. Stored
+        ones are copied back; where what is stored is damaged, they are encoded.
 
         Returns the items that failed, with their errors.
         """
         failed: dict[bytes, MMError] = {}
-        stream: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with stream:
-            for pack in self._packs(items):
+        with self.on_stream():
+            for pack in self._packs([item for item in items if not item.stored or not self._restore(item)]):
                 failed.update(self._encode_pack(pack))
         self.places.errors.update(failed)
         return failed
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """What writes rows, or reads them for a copy, runs on the encoder's stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def read(self, key: bytes, into: Tensor) -> None:
+        """An item's rows, one after another, to uint8 [at least as long] on their device, on the current stream."""
+        rows, hidden = self.places.by_key[key], self.slab.shape[1]
+        found = into[: len(rows) * self.row_bytes].view(self.slab.dtype).view(len(rows), hidden)
+        torch.index_select(self.slab, 0, self._index(rows), out=found)
+
+    def _restore(self, item: EncodeItem) -> bool:
+        """Copy an item's rows back from the host's memory; False where they are damaged."""
+        count = item.feature.num_tokens
+        assert self.restore is not None, "rows are stored where there is a host tier"
+        found = self.restore(item.stored, count * self.row_bytes)
+        if found is None:
+            self._damaged.add(item.key)
+            return False
+        self._store([item], [found.view(self.slab.dtype).view(count, -1)])
+        return True
+
+    def take_damaged(self) -> frozenset[bytes]:
+        """Items since the last call whose stored rows were damaged: they were encoded."""
+        damaged, self._damaged = frozenset(self._damaged), set()
+        return damaged
 
     def _packs(self, items: Sequence[EncodeItem]) -> Iterator[list[EncodeItem]]:
         """All items together on a GPU; on a CPU as many as its caches like."""
@@ -167,10 +201,7 @@ class EncoderRows:
             raise RuntimeError(f"the encoder's slab has {self._num_free} rows free, {total} are wanted")
         top = self._num_free
         taken = self._free[top - total : top].copy()
-        index = torch.from_numpy(taken.astype(np.int64))
-        if self._stream is not None:
-            index = index.pin_memory().to(self._device, non_blocking=True)
-        self.slab.index_copy_(0, index, torch.cat(tuple(outputs)).to(self.slab.dtype))
+        self.slab.index_copy_(0, self._index(taken), torch.cat(tuple(outputs)).to(self.slab.dtype))
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -182,6 +213,11 @@ class EncoderRows:
             self.places.errors.pop(item.key, None)
             if event is not None:
                 self._ready[item.key] = event
+
+    def _index(self, rows: Ints) -> Tensor:
+        """[n] int64 on the device."""
+        index = torch.from_numpy(rows.astype(np.int64))
+        return index if self._stream is None else index.pin_memory().to(self._device, non_blocking=True)
 
     def _explain(self, error: Exception) -> MMError:
         if isinstance(error, MMError):

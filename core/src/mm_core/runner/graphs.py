@@ -19,7 +19,7 @@ from torch import Tensor
 from mm_core.hookspecs import Decoder
 from mm_core.kernels.shared_prefixes import SharedPrefixes
 from mm_core.layers.captured import capture
-from mm_core.layers.context import AttentionMetadata, ForwardContext
+from mm_core.layers.context import AttentionMetadata, ForwardContext, LayerCache
 from mm_core.runner.batch import HostBatch, table_width
 from mm_core.runner.upload import packed_size, split, upload
 
@@ -50,7 +50,7 @@ class GraphInputs:
     table_width: blocks of the longest sequence. source_len: keys of the longest source that fits a graph."""
 
     decoder: Decoder
-    caches: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    caches: Mapping[str, Sequence[LayerCache]]
     last_ids: Tensor
     table_width: int
     max_model_len: int
@@ -59,7 +59,7 @@ class GraphInputs:
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
-        return next(iter(self.caches.values()))[0][0].shape[1]
+        return next(iter(self.caches.values()))[0].k.shape[1]
 
     def tables(self, sequences: int) -> dict[str, Tensor]:
         """Empty block tables by name."""

@@ -11,25 +11,59 @@ import torch
 from torch import Tensor
 
 from mm_core.config import KvCacheConfig
-from mm_core.errors import OutOfMemoryError, PluginError
+from mm_core.errors import ConfigError, OutOfMemoryError, PluginError
 from mm_core.hookspecs import KVCacheSpec
+from mm_core.layers.context import LayerCache
 
 GRAPH_BYTES = 512 * 2**20
 """Set aside for graphs, which are captured when the KV cache is there."""
 
 _SIGNS = ("out of memory", "alloc_failed", "not enough memory")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+_FP8_CAPABILITY = (8, 9)  # the first GPUs that convert e4m3
 
 
 def kv_dtype(config: KvCacheConfig, model_dtype: torch.dtype) -> torch.dtype:
-    """`auto` is the model's dtype."""
-    return _DTYPES.get(config.dtype, model_dtype)
+    """`auto` is the model's dtype; `fp8` is float8_e4m3fn, with scales beside it. Raises ConfigError for another dtype
+    than the model's: a step reads its own keys as they were computed, and later ones would read them rounded."""
+    dtype = _DTYPES.get(config.dtype, model_dtype)
+    if config.dtype != "fp8" and dtype != model_dtype:
+        computes = str(model_dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"KvCacheConfig(dtype={config.dtype!r}): the model computes in {computes}, and its KV cache is kept in the "
+            "same dtype or in fp8. Use dtype='auto' or 'fp8', or load the model with "
+            f"dtype={config.dtype!r}."
+        )
+    return dtype
 
 
 def block_bytes(specs: Sequence[KVCacheSpec], block_size: int, dtype: torch.dtype) -> int:
     """Bytes one block takes over all layers, K and V, whichever table it is in."""
     spec = common_spec(specs)
-    return 2 * spec.layers * block_size * spec.kv_heads * spec.head_dim * dtype.itemsize
+    return spec.layers * block_size * _token_bytes(spec, dtype)
+
+
+def _token_bytes(spec: KVCacheSpec, dtype: torch.dtype) -> int:
+    """Of a token in one layer, K and V; in fp8 each head has its scale's byte beside it."""
+    return 2 * spec.kv_heads * (spec.head_dim * dtype.itemsize + (dtype == torch.float8_e4m3fn))
+
+
+def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ConfigError for an fp8 cache on a GPU that cannot convert it."""
+    if dtype != torch.float8_e4m3fn or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"KvCacheConfig(dtype='fp8') needs a GPU of compute capability {'.'.join(map(str, _FP8_CAPABILITY))} or "
+            f"later; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}. Use dtype='auto' "
+            "(the model's dtype)."
+        )
 
 
 def common_spec(specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
@@ -45,8 +79,12 @@ def common_spec(specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
 
 
 class KVCache:
-    """The tensors of every block, [layers, 2, num_blocks, block_size, heads, head_dim]: `caches` has the same
-    ones for each table's name, and a block belongs to one table at a time.
+    """The memory of every block: `caches` has the same layers for each table's name, and a block belongs to one
+    table at a time.
+
+    stores: what lies in blocks: keys and values [layers, 2, num_blocks, block_size, heads, head_dim], and with dtype
+    float8_e4m3fn also their scales' exponents, uint8 [layers, 2, num_blocks, heads, block_size]: a head's exponents
+    are read together.
 
     They start as zeros: torch attention over gathered blocks multiplies masked rows by 0, and
     0 × garbage may be NaN.
@@ -60,20 +98,36 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        check_fp8(dtype, device)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.bytes = num_blocks * block_bytes(specs, block_size, dtype)
+        self.block_bytes = block_bytes(specs, block_size, dtype)
+        self.bytes = num_blocks * self.block_bytes
         spec = common_spec(specs)
-        self.token_bytes = 2 * spec.kv_heads * spec.head_dim * dtype.itemsize  # in one layer
-        store = _zeros((spec.layers, 2, num_blocks, block_size, spec.kv_heads, spec.head_dim), dtype, device)
-        layers = [(layer[0], layer[1]) for layer in store]
-        self.caches: dict[str, list[tuple[Tensor, Tensor]]] = {spec.name: layers for spec in specs}
+        self.token_bytes = _token_bytes(spec, dtype)  # in one layer
+        shape = (spec.layers, 2, num_blocks, block_size, spec.kv_heads)
+        self.stores: tuple[Tensor, ...] = (_zeros((*shape, spec.head_dim), dtype, device),)
+        if dtype == torch.float8_e4m3fn:
+            self.stores += (_zeros((*shape[:3], spec.kv_heads, block_size), torch.uint8, device),)
+        layers = [_layer_cache(*parts) for parts in zip(*self.stores, strict=True)]
+        self.caches: dict[str, list[LayerCache]] = {spec.name: layers for spec in specs}
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self.caches.clear()
+        self.stores = ()
+
+
+def _layer_cache(store: Tensor, scales: Tensor | None = None) -> LayerCache:
+    turned = None if scales is None else (scales[0].transpose(1, 2), scales[1].transpose(1, 2))
+    return LayerCache(store[0], store[1], turned)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU numpy's zeros: memory that takes no room and no time until it is written."""
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        # As bytes: few operations take an fp8 tensor.
+        return torch.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, device=device).view(dtype)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 

@@ -14,7 +14,7 @@ from mm_core.hookspecs import Encoder, Processor
 from mm_core.layers.context import AttentionMetadata, ForwardContext
 from mm_core.runner.encoders import EncoderRows
 from mm_core.runner.fusing import Conditioner, Modules, made_up_items
-from mm_core.runner.memory import KVCache
+from mm_core.runner.memory import KVCache, kv_dtype
 from mm_core.runner.rehearsal import noise_feature
 from mm_core.runner.sources import SourceWriter, made_up_sources
 from mm_core.runner.spans import DeviceSpans
@@ -67,7 +67,8 @@ def measure_step(
     del rows
     size = config.kv_cache_config.block_size
     dtype = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device)).dtype
-    kv = KVCache(decoder.kv_specs, -(-config.max_num_batched_tokens // size), size, dtype, device)
+    stored = kv_dtype(config.kv_cache_config, dtype)
+    kv = KVCache(decoder.kv_specs, -(-config.max_num_batched_tokens // size), size, stored, device)
     # The decoder's stream runs these one after another.
     peaks = [
         _peak(device, lambda: _run_decoder(modules, config, kv, budgets.sequence_len, device))[1],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,39 +13,27 @@ from torch import Tensor
 from mm_core.config import EngineConfig
 from mm_core.errors import ConfigError, MMError, OutOfMemoryError
 from mm_core.kernels.paged_attention import CpuPlan, plan_cpu
-from mm_core.kernels.shared_prefixes import MIN_SAVED_BYTES, SharedPrefixes
+from mm_core.kernels.shared_prefixes import SharedPrefixes
 from mm_core.layers.context import AttentionMetadata, ForwardContext
-from mm_core.runner.batch import BatchBuilder, CrossTables, HostBatch, table_width
+from mm_core.runner.batch import BatchBuilder, CrossTables, HostBatch
 from mm_core.runner.chunk_graphs import ChunkGraphs
 from mm_core.runner.encoders import EncoderRows
 from mm_core.runner.fusing import Conditioner, Modules, made_up_items
 from mm_core.runner.graphs import DecodeGraphs, GraphInputs, resolve_ids
+from mm_core.runner.limits import RunnerLimits as RunnerLimits
+from mm_core.runner.limits import largest_batch
 from mm_core.runner.memory import KVCache, is_out_of_memory
 from mm_core.runner.sampler import PendingSample, Sampler, SamplingRow
 from mm_core.runner.sources import SourceWriter, made_up_sources
 from mm_core.runner.spans import DeviceSpans
 from mm_core.runner.step import LaunchedStep
+from mm_core.runner.transfers import TierOptions, TransfersRunner
 from mm_core.runner.upload import reserve_pinned, upload
 from mm_core.scheduler.sequence import EncodeItem, SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_core.tracing import SpanRecorder
 from mm_core.types import MediaFeature
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # spreads the seeds of a request's n answers (2^64 / golden ratio)
-
-
-@dataclass(frozen=True)
-class RunnerLimits:
-    """Sizes of what the runner allocates once. cuda_graphs: whether decode steps may be captured. source_budget:
-    rows of the sources that a step may compute. min_saved_bytes: of keys and values a layer, for shared prefixes
-    to be read apart."""
-
-    max_num_seqs: int
-    max_model_len: int
-    encoder_cache_tokens: int
-    max_num_batched_tokens: int
-    cuda_graphs: bool = True
-    source_budget: int = 0
-    min_saved_bytes: int = MIN_SAVED_BYTES
 
 
 class ModelRunner:
@@ -63,6 +50,7 @@ class ModelRunner:
         device: torch.device,
         limits: RunnerLimits,
         recorder: SpanRecorder | None = None,
+        tier: TierOptions | None = None,
     ) -> None:
         self.device = device
         self.kv = kv
@@ -74,6 +62,9 @@ class ModelRunner:
         self._spans = DeviceSpans(recorder, device)
         capacity = limits.encoder_cache_tokens
         self.rows = EncoderRows(modules.encoder, modules.family, capacity, device, self._spans)
+        with self._on_stream():
+            self.transfers = TransfersRunner(kv.stores, self.rows, device, self._spans, tier)
+        self.rows.restore = self.transfers.load_rows
         self._conditioner = Conditioner(modules, self.rows.slab) if modules.conditions else None
         self.sources = SourceWriter(modules, self.rows, self._conditioner, kv, self._spans)
         self._builder = BatchBuilder(
@@ -146,7 +137,8 @@ class ModelRunner:
             with suppress(RuntimeError):  # a lost device has nothing left to wait for
                 torch.cuda.synchronize(self.device)
         self._graphs = ()
-        self.kv.caches.clear()
+        self.transfers.close()
+        self.kv.release()
         self.rows.release()
         del self._decoder, self._modules, self._conditioner, self.sources, self._sampler
         if self.device.type == "cuda":
@@ -182,6 +174,8 @@ class ModelRunner:
             ) from error
 
     def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        if batch.transfers:
+            self.transfers.launch(batch.transfers)
         self.rows.drop(batch.evicted_media)
         keys = _media_keys(batch)
         failed_media = self.rows.encode([item for item in batch.encode if item.key in keys])
@@ -202,13 +196,17 @@ class ModelRunner:
                 done.record(self._stream)
         # What nobody waits for yet goes behind the decoder's work in this thread, beside it on the device.
         failed_media |= self._encode_ahead([item for item in batch.encode if item.key not in keys])
+        damaged: frozenset[bytes] = self.rows.take_damaged() if batch.encode else frozenset()
+        loaded = self.transfers.take_loaded()
 
         def wait() -> StepResult:
             sampled, faults = ({}, {}) if pending is None else _by_sequence(pending, chosen)
             if done is not None:
                 done.synchronize()
+            if loaded is not None:
+                loaded.wait()  # the slots are given to others when the step is done
             self._spans.resolve()
-            return StepResult(sampled, failed | faults, frozenset(failed_media))
+            return StepResult(sampled, failed | faults, frozenset(failed_media), damaged)
 
         return LaunchedStep(wait, bool(failed or failed_media or (pending is not None and pending.failed)))
 
@@ -306,35 +304,6 @@ class ModelRunner:
 
 
 _NO_CROSS = CrossTables(np.zeros((0, 0), np.int32), np.zeros(0, np.int32), 0)
-
-
-def largest_batch(limits: RunnerLimits, block_size: int, axes: int, source_len: int = 0) -> HostBatch:
-    """As many tokens as a step may have, as long chunks of as few sequences as can be, as many of them sampled
-    as can be, each with a source of source_len rows. Nothing is written: no token has a slot."""
-    tokens = limits.max_num_batched_tokens
-    longest = min(tokens, limits.max_model_len)
-    bounds = np.minimum(np.arange(0, tokens + longest, longest), tokens).astype(np.int32)
-    lens = np.diff(bounds)
-    zeros = np.zeros(tokens, np.int32)
-    cross = None
-    if source_len:
-        tables = np.zeros((len(lens), table_width(source_len, block_size)), np.int32)
-        cross = CrossTables(tables, np.full(len(lens), source_len, np.int32), source_len)
-    return HostBatch(
-        token_ids=zeros,
-        positions=np.zeros((axes, tokens), np.int32),
-        bounds=bounds,
-        kv_lens=lens,
-        slots=zeros - 1,
-        tables=np.zeros((len(lens), table_width(longest, block_size)), np.int32),
-        sample_rows=zeros[: limits.max_num_seqs],
-        media_rows=zeros[:0],
-        media_from=zeros[:0],
-        num_decodes=0,
-        max_q_len=int(lens.max()),
-        max_kv_len=int(lens.max()),
-        cross=cross,
-    )
 
 
 def _media_keys(batch: ScheduledBatch) -> set[bytes]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from mm_core.cache.encoder import EncoderCache
 from mm_core.errors import EngineError
 from mm_core.scheduler.plan import StepPlan
 from mm_core.scheduler.sequence import EncodeItem, SchedulerStats, Sequence
 from mm_core.types import MediaFeature, PlaceholderRange
+
+if TYPE_CHECKING:
+    from mm_core.scheduler.tiers import TierPlanner
 
 
 class MediaPlanner:
@@ -24,8 +28,14 @@ class MediaPlanner:
     ) -> None:
         self.cache = cache
         self._block_size = block_size
-        self._cost = cost
+        self.tiers: TierPlanner | None = None
+        self.cost = cost
         self._stats = stats
+
+    def budget_cost(self, feature: MediaFeature) -> int:
+        """Of an item that is not on the device: none where its rows are copied back."""
+        cost = self.cost(feature)
+        return 0 if self.tiers is not None and self.tiers.has_rows(feature, cost) else cost
 
     def fit(self, seq: Sequence, length: int, plan: StepPlan) -> int:
         """The part of a chunk whose media are there or can be encoded in this step."""
@@ -47,8 +57,8 @@ class MediaPlanner:
                 plan.rows_closed = True
                 return max(r.offset - start, 0)
             if key not in self.cache:
-                cost = self._cost(r.feature)
-                if not plan.fits_budget(cost, planned):
+                cost = self.budget_cost(r.feature)
+                if cost and not plan.fits_budget(cost, planned):
                     plan.budget_closed = True
                     return max(r.offset - start, 0)
                 planned += cost
@@ -62,7 +72,7 @@ class MediaPlanner:
             if not self.cache.is_held(key):
                 room -= feature.num_tokens
             if key not in self.cache:
-                cost += self._cost(feature)
+                cost += self.budget_cost(feature)
         if seq.media and (plan.rows_closed or room < 0):
             plan.rows_closed = True
             return False
@@ -100,18 +110,25 @@ class MediaPlanner:
             else:
                 missing[key] = r.feature
         for key, feature in missing.items():
-            cost = self._cost(feature)
+            cost = self.cost(feature)
             if not self.cache.allocate(key, feature.num_tokens, cost, seq.seq_id, plan.step):
                 raise EngineError("encoder cache room vanished within a step")
             seq.held_media.add(key)
-            self._encode(seq, feature, cost, plan)
+            self._encode(seq, feature, plan)
 
-    def _encode(self, seq: Sequence, feature: MediaFeature, cost: int, plan: StepPlan) -> None:
+    def _encode(self, seq: Sequence, feature: MediaFeature, plan: StepPlan) -> bool:
+        """Have an item's rows made in this step; False if they are copied back."""
+        cost = self.cost(feature)
+        if self.tiers is not None and self.tiers.has_rows(feature, cost):
+            plan.encode.append(EncodeItem(feature.key, feature, self.tiers.read_rows(feature.key, plan.step)))
+            return False
         plan.encode.append(EncodeItem(feature.key, feature))
+        plan.encoded += 1
         plan.encoder_left -= cost
         seq.encoded_rows += feature.num_placed
         self._stats.encoded_items += 1
         self._stats.encoded_rows += feature.num_tokens
+        return True
 
     # -- ahead of need ---------------------------------------------------------------------
 
@@ -136,13 +153,13 @@ class MediaPlanner:
             if key in self.cache:
                 self.cache.keep(key, seq.seq_id)
             else:
-                cost = self._cost(r.feature)
-                if not plan.fits_budget(cost, 0):
+                budget_cost = self.budget_cost(r.feature)
+                if budget_cost and not plan.fits_budget(budget_cost, 0):
                     return False
+                cost = self.cost(r.feature)
                 if not self.cache.allocate_ahead(key, r.feature.num_tokens, cost, seq.seq_id, plan.step):
                     return False
-                self._encode(seq, r.feature, cost, plan)
-                self._stats.encoded_ahead += 1
+                self._stats.encoded_ahead += self._encode(seq, r.feature, plan)
             seq.kept_media.add(key)
         seq.media_ahead = False  # all is there
         return True

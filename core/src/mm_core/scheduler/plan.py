@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 from mm_core.scheduler.outlook import Future
 from mm_core.scheduler.sequence import EncodeItem, ScheduledSequence, Sequence
+from mm_core.scheduler.transfers import BlockCopy
+
+# A copy takes a step a few launches, whatever a block's size; tests/bench/partial_reuse.py measures what it saves.
+COPY_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step and of a sequence. encoder_budget is in the encoder's cost units. source_budget: rows of
+    sources computed in a step; 0: as many as there are tokens, four times. copy_tokens: how many a block must have in
+    common with a prompt's, behind the same beginning, for these to be copied; 0: nothing is."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    encoder_budget: int
+    max_model_len: int
+    enable_block_reuse: bool = True
+    source_budget: int = 0
+    copy_tokens: int = 0
 
 
 class Outcome(enum.Enum):
     """Of an attempt to start a waiting sequence. AWAITS: another computes its source or next block. LATER: a
-    coming step has encoder budget or room for it. FULL: there are too few blocks."""
+    coming step has encoder budget or room for it. FULL: there are too few blocks. RESTORES: what it needs next is
+    copied back, or will be."""
 
     STARTED = enum.auto()
     AWAITS = enum.auto()
     LATER = enum.auto()
     FULL = enum.auto()
+    RESTORES = enum.auto()
 
 
 class StepPlan:
     """A step in the making.
 
-    singles, chunks: sequences with one token, with more. sources: sequences whose source is computed.
+    singles, chunks: sequences with one token, with more. encoded: how many items `encode` has beside those that are
+    copied back. sources: sequences whose source is computed.
     prompts: blocks that running sequences still want for their prompts. future: what they will want for
     their answers. rows_closed: somebody
     waits for room in the encoder cache, budget_closed: for encoder budget, sources_closed: for the budget
     of sources' rows; those behind take no more of it, or its turn would never come. ahead: running
-    sequences with media still before them.
+    sequences with media still before them. copies: of blocks within the device, before anything is written.
     """
 
     def __init__(self, step: int, tokens: int, encoder_budget: int, source_budget: int) -> None:
@@ -37,6 +60,7 @@ class StepPlan:
         self.singles: list[ScheduledSequence] = []
         self.chunks: list[ScheduledSequence] = []
         self.encode: list[EncodeItem] = []
+        self.encoded = 0
         self.sources: list[Sequence] = []
         self.prompts = 0
         self.future = Future()
@@ -44,6 +68,7 @@ class StepPlan:
         self.budget_closed = False
         self.sources_closed = False
         self.ahead: list[Sequence] = []
+        self.copies: list[BlockCopy] = []
 
     @property
     def sequences(self) -> tuple[ScheduledSequence, ...]:
@@ -53,7 +78,7 @@ class StepPlan:
     def fits_budget(self, cost: int, planned: int) -> bool:
         """Whether an item may be encoded beside `planned` cost units of others. One over the whole budget
         runs alone."""
-        return not (planned or self.encode) or (not self.budget_closed and cost <= self.encoder_left - planned)
+        return not (planned or self.encoded) or (not self.budget_closed and cost <= self.encoder_left - planned)
 
     def fits_source(self, rows: int) -> bool:
         """Whether a source of so many rows may be computed beside the others. One over the whole budget

@@ -6,6 +6,7 @@ back or computed again. `POLICIES` has them by the name that `scheduling_policy`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,16 +16,21 @@ from mm_core.scheduler.costs import CostModel
 # Each step of waiting counts like this many cached tokens, so a request without any reuse
 # overtakes one with a fully cached 2,304-token picture after at most 144 steps.
 AGEING_TOKENS_PER_STEP = 16
+# What a candidate may be behind the first of its group and still go with it.
+GROUP_TOKENS = 4096
+RESTORABLE_SHARE = 0.5  # of a cached token, for one that has to be copied back first
 
 
 class Candidate(NamedTuple):
     """A waiting sequence as a policy sees it. arrival: its number in order of arrival. group: what it would compute
-    first, the same for all that share it; empty: nothing that others could use."""
+    first, the same for all that share it; empty: nothing that others could use. restorable_tokens: behind the cached
+    ones, in the host's memory or on disk."""
 
     arrival: int
     cached_tokens: int
     waited_steps: int
     group: bytes = b""
+    restorable_tokens: int = 0
 
 
 class Retained(NamedTuple):
@@ -65,14 +71,38 @@ class SchedulingPolicy:
 
 
 def longest_prefix_first(candidates: Sequence[Candidate]) -> list[int]:
-    """Indices in order: most cached tokens first, with ageing so that nothing starves; ties by arrival."""
+    """Indices in order: most cached tokens first, with ageing so that nothing starves; among equals what most others
+    wait for too, then by arrival. Those who would compute the same first follow the first of them at once, if they
+    are not too far behind it: so what it computed is there when they need it.
 
-    def rank(index: int) -> tuple[int, int]:
-        candidate = candidates[index]
-        score = candidate.cached_tokens + AGEING_TOKENS_PER_STEP * candidate.waited_steps
-        return -score, candidate.arrival
+    All age alike. So whoever arrives more than (tokens of the longest prefix + GROUP_TOKENS) /
+    AGEING_TOKENS_PER_STEP steps after another, that wait in one window, cannot overtake it.
+    """
+    sizes = Counter(c.group for c in candidates)
+    sizes[b""] = 1
+    ranked = []
+    for index, (arrival, cached, waited, group, restorable) in enumerate(candidates):
+        score = cached + AGEING_TOKENS_PER_STEP * waited + int(RESTORABLE_SHARE * restorable)
+        ranked.append((-score, -sizes[group], arrival, index))
+    ranked.sort()
+    if len(sizes) > len(candidates):  # the usual case: nobody shares anything
+        return [row[3] for row in ranked]
+    return _grouped(ranked, candidates)
 
-    return sorted(range(len(candidates)), key=rank)
+
+def _grouped(ranked: Sequence[tuple[int, int, int, int]], candidates: Sequence[Candidate]) -> list[int]:
+    """The same order, with the members of a group behind the first of them that is not too far before them."""
+    firsts: dict[bytes, tuple[int, list[int]]] = {}  # group → where its latest row begins, and the row
+    rows: list[list[int]] = []
+    for behind, _, _, index in ranked:
+        group = candidates[index].group
+        first, row = firsts.get(group, (0, None)) if group else (0, None)
+        if row is not None and behind - first <= GROUP_TOKENS:
+            row.append(index)
+        else:
+            firsts[group] = behind, [index]
+            rows.append(firsts[group][1])
+    return [index for row in rows for index in row]
 
 
 def first_come_first_served(candidates: Sequence[Candidate]) -> list[int]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from mm_core.cache.blocks import BlockPool
-from mm_core.cache.prefix import PrefixCache
-from mm_core.hashing import Hasher
+from mm_core.cache.prefix import BlockContent, PrefixCache
+from mm_core.hashing import ROOT, Hasher
+from mm_core.scheduler.policy import Candidate
 from mm_core.scheduler.sequence import Sequence
 
 
 class BlockReuse:
-    """The prefix cache as the scheduler sees it. Not enabled: nothing is found, published or claimed.
+    """The prefix cache as the scheduler sees it. Not enabled: nothing is found, published or claimed. copy_tokens: see
+    `SchedulerConfig`.
 
     A claim says that a running sequence is about to compute a block, so that another which wants the
     same one waits and shares it. dropped_claims grows whenever that may have come to its end.
     """
 
-    def __init__(self, pool: BlockPool, hasher: Hasher, *, enabled: bool) -> None:
+    def __init__(self, pool: BlockPool, hasher: Hasher, *, enabled: bool, copy_tokens: int = 0) -> None:
         self.prefix = PrefixCache(pool)
         self.dropped_claims = 0
         self._block_size = pool.block_size
         self._hasher = hasher
         self._enabled = enabled
+        self._copy_tokens = copy_tokens
         self._claims: dict[bytes, Sequence] = {}  # block key → the sequence about to compute it
 
     @property
@@ -45,10 +48,40 @@ class BlockReuse:
             seq.seen_version = version
         return seq.seen_hits
 
-    def cached_tokens(self, seq: Sequence) -> int:
-        """`look_up` in tokens, and its source's rows where they are there."""
-        tokens = self.look_up(seq) * self._block_size
-        return tokens + seq.source.num_tokens if seq.source is not None and self.find_source(seq) else tokens
+    def measure(self, sequences: list[Sequence], step: int) -> list[Candidate]:
+        """Waiting sequences as a policy sees them in a step. What each would compute first: from an item's rows, else
+        a block; whether these rows are there does not matter, those who read them stand together while they are."""
+        size, look_up = self._block_size, self.look_up
+        version = (self.prefix.published, self.prefix.forgotten)
+        found: list[Candidate] = []
+        for seq in sequences:
+            hits = seq.seen_hits if seq.seen_version == version else look_up(seq)
+            cached, group = hits * size, b""
+            if seq.source is not None:
+                source = self.find_source(seq)
+                cached += seq.source.num_tokens if source else 0
+                wanted = () if source else seq.source.ranges
+            else:
+                wanted = seq.request.ranges if cached < seq.media_end else ()
+            for r in wanted:
+                if r.end > cached or seq.source is not None:
+                    group = r.feature.key
+                    break
+            else:
+                if hits < len(seq.contents):
+                    group = seq.contents[hits].key
+            found.append(Candidate(seq.seq_id, cached, step - seq.waiting_since, group))
+        return found
+
+    def partly_found(self, seq: Sequence, hits: int) -> tuple[int, int] | None:
+        """A block that begins as the first one behind `hits` found ones, and with how many of its tokens: these need
+        only be copied. None where that does not pay."""
+        start = hits * self._block_size
+        end = min(start + self._block_size, seq.num_tokens - 1)  # the last token is always computed
+        if not self._enabled or not self._copy_tokens or end - start < self._copy_tokens:
+            return None
+        parent = seq.contents[hits - 1].key if hits else ROOT
+        return self.prefix.most_alike(parent, tuple(seq.token_ids[start:end]), seq.layout, start, self._copy_tokens)
 
     def found(self, seq: Sequence) -> list[int]:
         """The blocks that `look_up` counts, not yet shared."""
@@ -72,6 +105,10 @@ class BlockReuse:
         blocks = self.prefix.lookup(seq.fill_source(count, self._hasher))
         return blocks if len(blocks) == count else []
 
+    def source_contents(self, seq: Sequence, count: int) -> list[BlockContent]:
+        """Keys of the first `count` of its source's blocks."""
+        return seq.fill_source(count, self._hasher)[:count] if self._enabled else []
+
     def awaits(self, seq: Sequence) -> bool:
         """Whether another sequence computes its source or its next block now."""
         hits = self.look_up(seq)
@@ -85,7 +122,7 @@ class BlockReuse:
 
     def claim(self, seq: Sequence) -> None:
         """The sequence computes what was not found, as far as nobody else does already."""
-        if self._enabled:
+        if self._enabled and not seq.hidden:
             if seq.source_step:
                 self._claims.setdefault(seq.source_contents[0].key, seq)
             for content in seq.contents[seq.num_published_blocks : self._usable(seq)]:
@@ -94,7 +131,7 @@ class BlockReuse:
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Blocks filled by the first `num_tokens` tokens become findable: their ids are final now."""
         full = num_tokens // self._block_size
-        if full <= seq.num_published_blocks or not self._enabled:
+        if full <= seq.num_published_blocks or not self._enabled or seq.hidden:
             return
         contents, table = seq.fill_contents(full, self._block_size, self._hasher), seq.tables["self"]
         for index in range(seq.num_published_blocks, full):
@@ -104,11 +141,16 @@ class BlockReuse:
 
     def publish_source(self, seq: Sequence) -> None:
         """Its source's blocks are computed: they become findable."""
-        if self._enabled:
+        if self._enabled and not seq.hidden:
             table = seq.tables["cross"]
             for block, content in zip(table, seq.fill_source(len(table), self._hasher), strict=True):
                 self.prefix.publish(block, content)
             self._drop_claim(seq.source_contents[0].key, seq)
+
+    def hide(self, seq: Sequence) -> None:
+        """Publish nothing more of a live sequence: what it holds was evicted on purpose."""
+        seq.hidden = True
+        self.drop_claims(seq)
 
     def drop_claims(self, seq: Sequence) -> None:
         """The sequence computes no more blocks."""

@@ -12,18 +12,22 @@ taken in in the order they were scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 from mm_core.cache.blocks import BlockPool
 from mm_core.cache.encoder import EncoderCache
+from mm_core.cache.host import HostTier
 from mm_core.errors import EngineError, MMError
 from mm_core.hashing import Hasher
+from mm_core.scheduler.admission import Admission
+from mm_core.scheduler.checks import check
+from mm_core.scheduler.costs import CostModel
 from mm_core.scheduler.media import MediaPlanner
 from mm_core.scheduler.outlook import Outlook
-from mm_core.scheduler.plan import Outcome, StepPlan
-from mm_core.scheduler.policy import WaitingPolicy, longest_prefix_first
+from mm_core.scheduler.plan import SchedulerConfig, StepPlan
+from mm_core.scheduler.policy import POLICIES, Candidate, SchedulingPolicy
+from mm_core.scheduler.retention import retain_by
 from mm_core.scheduler.reuse import BlockReuse
 from mm_core.scheduler.sequence import (
     SampledToken,
@@ -36,21 +40,13 @@ from mm_core.scheduler.sequence import (
     TokenEvent,
 )
 from mm_core.scheduler.sources import SourcePlanner
+from mm_core.scheduler.tier_types import Disk, TierConfig
+from mm_core.scheduler.tiers import TierPlanner
+from mm_core.scheduler.transfers import NO_TRANSFERS, TransferDone, Transfers
 from mm_core.scheduler.waiting import WaitingQueue
 from mm_core.types import FinishReason, MediaFeature
 
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of a step and of a sequence. encoder_budget is in the encoder's cost units. source_budget: rows of
-    sources computed in a step; 0: as many as there are tokens, four times."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    encoder_budget: int
-    max_model_len: int
-    enable_block_reuse: bool = True
-    source_budget: int = 0
+__all__ = ["Scheduler", "SchedulerConfig"]
 
 
 class Scheduler:
@@ -63,25 +59,31 @@ class Scheduler:
         encoder_cache: EncoderCache,
         hasher: Hasher,
         encoder_cost: Callable[[MediaFeature], int],
-        policy: WaitingPolicy = longest_prefix_first,
+        policy: SchedulingPolicy = POLICIES["reuse"],
     ) -> None:
         self.config = config
+        self.policy = policy
+        self.costs = CostModel()
         self.pool = pool
-        self.reuse = BlockReuse(pool, hasher, enabled=config.enable_block_reuse)
+        self.reuse = BlockReuse(pool, hasher, enabled=config.enable_block_reuse, copy_tokens=config.copy_tokens)
         self.prefix = self.reuse.prefix
         self.encoder_cache = encoder_cache
         self.stats = SchedulerStats()
         self.media = MediaPlanner(encoder_cache, encoder_cost, self.stats, pool.block_size)
         self.sources = SourcePlanner(pool, self.reuse, self.media, self.stats)
-        self.waiting = WaitingQueue(policy, 4 * config.max_num_seqs, self.reuse.cached_tokens)
+        self.waiting = WaitingQueue(policy.order, 4 * config.max_num_seqs, self._measure)
         self.running: list[Sequence] = []
         self.outlook = Outlook(pool.block_size)
+        retain_by(policy, lambda: self.costs, pool, encoder_cache)
+        self._encoder_cost = encoder_cost
         self._source_budget = config.source_budget or 4 * config.max_num_batched_tokens
-        self._slots = list(reversed(range(config.max_num_seqs)))
-        # Admission that found nothing to start is not tried again until something has changed for it.
-        self._look_again = True
-        self._refused: tuple[int, int, int, int] | None = None  # what the first that found no room wants
-        self._claims_seen = 0
+        self.slots = list(reversed(range(config.max_num_seqs)))  # free rows of the runner's tables
+        self.tiers: TierPlanner | None = None
+        self.admission = Admission(self)
+
+    def _measure(self, sequences: list[Sequence], step: int) -> list[Candidate]:
+        candidates = self.reuse.measure(sequences, step)
+        return candidates if self.tiers is None else self.tiers.measure(sequences, step, candidates)
 
     # -- requests in and out ---------------------------------------------------------------
 
@@ -94,9 +96,10 @@ class Scheduler:
         """Queue a sequence whose request passed `sources.check`."""
         seq.waiting_since = self.stats.steps
         seq.max_length = min(seq.max_length, self.config.max_model_len, self.sources.max_length(seq.request))
+        seq.media_costs = {r.feature.key: self._encoder_cost(r.feature) for r in seq.media}
         self.waiting.append(seq)
         self.stats.prompt_tokens += seq.prompt_len
-        self._look_again = True
+        self.admission.look_again = True
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence now, whatever its state, and free all it holds. Idempotent."""
@@ -116,12 +119,14 @@ class Scheduler:
             seq.tables[name] = []
         self.media.release_all(seq)
         self.reuse.drop_claims(seq)
+        if self.tiers is not None:
+            self.tiers.gone(seq)
         seq.source_step = 0
         if seq.slot >= 0:
-            self._slots.append(seq.slot)
+            self.slots.append(seq.slot)
             seq.slot = -1
         seq.num_in_flight = 0
-        self._look_again = True
+        self.admission.look_again = True
 
     # -- a step ----------------------------------------------------------------------------
 
@@ -132,17 +137,24 @@ class Scheduler:
         preemptions = self.stats.preemptions
         self._schedule_running(plan)
         if self.stats.preemptions == preemptions:  # or the preempted would take its blocks right back
-            self._admit_waiting(plan)
+            self.admission.admit_waiting(plan)
         if plan.ahead or self.waiting.num_with_media:
-            self.media.encode_ahead(chain(plan.ahead, self._about_to_start()), plan)
+            self.media.encode_ahead(chain(plan.ahead, self.admission.about_to_start()), plan)
         self.stats.steps += 1
         self.stats.computed_tokens += config.max_num_batched_tokens - plan.tokens_left
         sequences, evicted = plan.sequences, tuple(self.encoder_cache.take_evicted())
-        if not (sequences or plan.encode or evicted):
+        transfers = self._transfers(plan)
+        if not (sequences or plan.encode or evicted or transfers):
             return None
         self.pool.begin_step(plan.step)
         self.encoder_cache.begin_step(plan.step)
-        return ScheduledBatch(plan.step, sequences, tuple(plan.encode), evicted, tuple(plan.sources))
+        self.pool.free([copy.source for copy in plan.copies])  # pending, until the step has read them
+        return ScheduledBatch(plan.step, sequences, tuple(plan.encode), evicted, tuple(plan.sources), transfers)
+
+    def _transfers(self, plan: StepPlan) -> Transfers:
+        if self.tiers is not None:
+            return self.tiers.take_orders(plan.copies)
+        return Transfers(copies=tuple(plan.copies)) if plan.copies else NO_TRANSFERS
 
     def _schedule_running(self, plan: StepPlan) -> None:
         put = plan.singles.append
@@ -172,7 +184,7 @@ class Scheduler:
         wanted = self.pool.blocks_for(seq.num_tokens)
         length = self.media.fit(seq, length, plan)
         if length > 0 and self._grow(seq, seq.num_computed_tokens + length):
-            self._put(seq, length, plan)
+            self.put(seq, length, plan)
         if seq.status is Status.RUNNING:
             plan.prompts += max(wanted - len(seq.tables["self"]), 0)
             if seq.num_computed_tokens < seq.media_end:
@@ -191,9 +203,19 @@ class Scheduler:
                 table.extend(blocks)
                 seq.num_slots = len(table) * self.pool.block_size
                 break
-            victim = self.running[-1]
-            if needed <= self.pool.num_available + self.pool.num_pending or victim.ends_in_flight:
+            coming = self.pool.num_available + self.pool.num_pending
+            if needed <= coming:
                 return False
+            if self.tiers is not None:
+                if self.tiers.give_up():
+                    continue
+                if needed <= coming + self.tiers.restores.filling:  # they can be given up when they are filled
+                    return False
+            victim = self.running[-1]
+            if victim.ends_in_flight:
+                return False
+            if len(self.running) == 1 and self.pool.surrender(needed - coming):
+                continue  # it would be preempted for ever: what is pinned is not worth a request
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -212,7 +234,8 @@ class Scheduler:
         self.stats.preemptions += 1
         self.waiting.put_back(seq)
 
-    def _put(self, seq: Sequence, length: int, plan: StepPlan) -> None:
+    def put(self, seq: Sequence, length: int, plan: StepPlan) -> None:
+        """Compute the next `length` tokens in this step."""
         start = seq.num_computed_tokens
         samples = start + length == seq.num_tokens
         self.media.take(seq, start, length, plan)
@@ -223,75 +246,10 @@ class Scheduler:
         seq.num_in_flight += samples
         self.stats.partial_prefills += not samples
 
-    # -- admission -------------------------------------------------------------------------
-
-    def _admit_waiting(self, plan: StepPlan) -> None:
-        if not self.waiting or len(self.running) >= self.config.max_num_seqs or plan.tokens_left <= 0:
-            return
-        same = not self._look_again and self._claims_seen == self.reuse.dropped_claims
-        refused = self._refused if same else None
-        if same and refused is None:
-            return
-        plan.future = self.outlook.future(self.running)
-        if refused is not None and plan.lacks_room(self.pool.num_available, *refused):
-            return
-        self._look_again, self._refused = False, None
-        self._claims_seen = self.reuse.dropped_claims
-        for seq in self.waiting.ordered(self.stats.steps):
-            if len(self.running) >= self.config.max_num_seqs or plan.tokens_left <= 0:
-                self._look_again = True
-                return
-            outcome = self._admit(seq, plan)
-            if outcome is Outcome.FULL:
-                self._look_again |= self._refused is None  # somebody before it may be able to start in the next step
-                return
-            if outcome is Outcome.AWAITS:
-                self.stats.deferred += 1
-            self._look_again |= outcome is Outcome.LATER
-
-    def _about_to_start(self) -> Iterator[Sequence]:
-        """Waiting sequences that will compute their next tokens themselves, in the policy's order."""
-        return (
-            s
-            for s in self.waiting.last_order(self.stats.steps)
-            if s.media_ahead and not self.reuse.awaits(s) and not self.reuse.find_source(s)
-        )
-
-    def _admit(self, seq: Sequence, plan: StepPlan) -> Outcome:
-        """Start a waiting sequence if it can run."""
-        if self.reuse.awaits(seq):
-            return Outcome.AWAITS
-        if self.media.must_wait(seq, plan):
-            return Outcome.LATER
-        shared, source = self.reuse.found(seq), self.reuse.find_source(seq)
-        hits, new_source = len(shared), 0 if source else self.sources.blocks_of(seq.request)
-        cached = self.pool.num_cached(chain(shared, source))
-        total = self.pool.blocks_for(seq.num_tokens) - hits + new_source
-        wants = self.outlook.wants(seq)
-        if self.running and plan.lacks_room(self.pool.num_available, cached, *wants, total):
-            self._refused = (cached, *wants, total)
-            return Outcome.FULL
-        start = seq.num_computed_tokens = hits * self.pool.block_size
-        length = self.media.fit(seq, min(seq.num_tokens - start, plan.tokens_left), plan)
-        now = self.pool.blocks_for(start + length) - hits + new_source
-        fits = length > 0 and (not new_source or self.sources.fit(seq, plan))
-        if not fits or self.pool.num_available - cached < now:
-            seq.num_computed_tokens = 0
-            return Outcome.FULL if fits else Outcome.LATER
-        self._start(seq, shared, source, now)
-        if new_source:
-            self.sources.start(seq, plan)
-        self.media.skip_cached(seq)
-        self.reuse.claim(seq)
-        self._put(seq, length, plan)
-        plan.prompts += total - now
-        plan.future.add(*wants, total)
-        if seq.num_computed_tokens < seq.media_end:
-            plan.ahead.append(seq)
-        return Outcome.STARTED
-
-    def _start(self, seq: Sequence, shared: list[int], source: list[int], new_blocks: int) -> None:
-        self.pool.share(chain(shared, source))
+    def start(self, seq: Sequence, shared: list[int], source: list[int], new_blocks: int) -> None:
+        """Have a waiting sequence run, with the blocks it shares and new ones."""
+        self.pool.share(shared, hit=self.prefix.branches(shared))
+        self.pool.share(source, hit=True)
         new = self.pool.allocate(new_blocks)
         if new is None:
             raise EngineError("KV blocks vanished within a step")
@@ -302,13 +260,16 @@ class Scheduler:
         seq.num_slots = len(seq.tables["self"]) * self.pool.block_size
         seq.num_published_blocks = len(shared)
         seq.num_completed_tokens = seq.num_computed_tokens
+        if self.tiers is not None:
+            self.tiers.started(seq, seq.num_cached_tokens is None)
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed_tokens
+            self.stats.queried_tokens += seq.prompt_len
             self.stats.cached_tokens += seq.num_computed_tokens
         self.waiting.remove(seq)
         self.running.append(seq)
         seq.status = Status.RUNNING
-        seq.slot = self._slots.pop()
+        seq.slot = self.slots.pop()
 
     # -- results ---------------------------------------------------------------------------
 
@@ -317,6 +278,8 @@ class Scheduler:
 
         Results for a sequence that ended or was preempted after the step was scheduled are dropped.
         """
+        if self.tiers is not None:
+            self.tiers.complete_step(batch.step, result.damaged_rows)
         self.pool.complete_step(batch.step)
         self.encoder_cache.complete_step(batch.step)
         if batch.sources:
@@ -372,21 +335,34 @@ class Scheduler:
                 return FinishReason.STOP, None
         return (FinishReason.LENGTH if len(seq.token_ids) >= seq.max_length else None), None
 
+    # -- tiers behind the device -----------------------------------------------------------
+
+    def add_tiers(self, host: HostTier, config: TierConfig, disk: Disk | None = None) -> None:
+        """Keep what leaves the device, from now on."""
+        self.tiers = self.media.tiers = TierPlanner(self, host, config, disk)
+
+    def take_transfers(self, done: Iterable[TransferDone]) -> None:
+        """Copies between the device and what is behind it have ended."""
+        if self.tiers is not None and self.tiers.take(done):
+            self.admission.look_again = True
+
+    def give_up_restored(self) -> bool:
+        """Let go of what was copied back for sequences that wait, else of what is pinned: nothing else can run. False
+        if there is neither."""
+        self.admission.look_again = True
+        if self.tiers is not None and self.tiers.give_up():
+            return True
+        return self.pool.surrender(self.pool.num_blocks) > 0 or self.encoder_cache.surrender()
+
+    def clear_cache(self) -> None:
+        """Forget every block that nobody uses, and all that is stored behind the device."""
+        if self.tiers is not None:
+            self.tiers.clear()
+        self.prefix.clear()
+        self.admission.look_again = True
+
     # -- checks ----------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where the books do not balance; called by tests after every step."""
-        live = [*self.waiting, *self.running]
-        self.pool.check_integrity(table for s in live for table in s.tables.values())
-        self.encoder_cache.check_integrity({s.seq_id for s in live})
-        if any(owner.status is not Status.RUNNING for owner in self.reuse.owners):
-            raise RuntimeError("a block is awaited from a sequence that does not run")
-        if sorted([*self._slots, *(s.slot for s in self.running)]) != list(range(self.config.max_num_seqs)):
-            raise RuntimeError("a slot is lost, or has two sequences")
-        for seq in self.running:
-            if not seq.num_completed_tokens <= seq.num_computed_tokens <= seq.num_slots:
-                raise RuntimeError(f"sequence {seq.seq_id} has computed more tokens than it has slots")
-            if seq.num_published_blocks * self.pool.block_size > seq.num_completed_tokens:
-                raise RuntimeError(f"sequence {seq.seq_id} has published what is not computed")
-            if len(seq.tables.get("cross", ())) != self.sources.blocks_of(seq.request):
-                raise RuntimeError(f"sequence {seq.seq_id} has no room for its source, or too much")
+        check(self)

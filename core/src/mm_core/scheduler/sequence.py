@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
+from mm_core.cache.layout import Layout, PlacedItem
 from mm_core.cache.prefix import BlockContent, MediaTag
 from mm_core.config import SamplingParams
 from mm_core.errors import MMError
-from mm_core.hashing import ROOT, Field, Hasher, block_key, encode_fields, source_key
+from mm_core.hashing import ROOT, Hasher, block_key, encode_fields, source_key
 from mm_core.scheduler.transfers import NO_TRANSFERS, Transfers
 from mm_core.types import FinishReason, Logprob, MediaFeature, PlaceholderRange, PreparedRequest
 
@@ -62,6 +61,7 @@ class Sequence:
         self.waiting_since = 0
         self.source = request.source
         self.source_step = 0
+        self.hidden = False  # nothing more of it is published: what it holds was evicted
         self.media_end = max((r.end for r in request.ranges), default=0)
         self.held_media: set[bytes] = set()
         self.kept_media: set[bytes] = set()
@@ -73,7 +73,11 @@ class Sequence:
         self.seen_hits = 0
         self.seen_source_version = (-1, -1)  # as `seen_version`, of the source's blocks
         self.seen_source: list[int] = []
-        self._tags: tuple[MediaTag, ...] = ()
+        self.media_costs: Mapping[bytes, float] = {}  # what encoding each item costs, as far as anybody asks
+        self.seen_behind = (-1, 0)  # step of the last look behind the device, and tokens seen there
+        self._layout: Layout | None = None
+        self._tags: tuple[MediaTag, ...] = ()  # of the items as far as blocks were filled
+        self._first_range = 0  # that reaches into the last block filled
 
     @property
     def num_tokens(self) -> int:
@@ -105,67 +109,67 @@ class Sequence:
         """All items it needs, those of its source included."""
         return self.request.media
 
+    @property
+    def layout(self) -> Layout:
+        """What its tokens are beside their ids."""
+        if self._layout is None:
+            request = self.request
+            context = encode_fields((request.cache_salt, request.kv_context))
+            items = tuple(PlacedItem(r.feature.key, r.offset, r.end) for r in self.ranges)
+            self._layout = Layout(context, items, request.positions, self.prompt_len, request.decode_delta)
+        return self._layout
+
     def fill_source(self, count: int, hasher: Hasher) -> list[BlockContent]:
         """Keys of the first `count` of its source's blocks at least, computed once each. The last block may
         be partly filled: the source's key says how far."""
         if self.source is not None and len(self.source_contents) < count:
             tags = tuple(MediaTag(r.feature.key, r.feature.uuid) for r in self.source.ranges)
+            cost = sum(self.media_costs.values()) / count
             for index in range(len(self.source_contents), count):
                 key = source_key(hasher, self.source.key, index)
                 parent = self.source_contents[-1].key if index else self.source.key
-                content = BlockContent(key, (), parent, b"", tags, len(tags), self.request.cache_salt)
-                self.source_contents.append(content)
+                salt = self.request.cache_salt
+                self.source_contents.append(BlockContent(key, (), parent, tags, len(tags), salt, cost, index))
         return self.source_contents
 
     def fill_contents(self, count: int, block_size: int, hasher: Hasher) -> list[BlockContent]:
         """Keys and tokens of the first `count` full blocks at least, computed once each."""
-        if len(self.contents) >= count:
-            return self.contents
-        request = self.request
+        contents = self.contents
+        if len(contents) >= count:
+            return contents
+        request, layout = self.request, self.layout
         given = request.block_keys if request.block_size == block_size else ()
-        context = encode_fields((request.cache_salt, request.kv_context))
-        while len(self.contents) < count:
-            block = len(self.contents)
+        parent = contents[-1].key if contents else ROOT
+        for block in range(len(contents), count):
             start, end = block * block_size, (block + 1) * block_size
             ids = tuple(self.token_ids[start:end])
-            parent = self.contents[-1].key if self.contents else ROOT
-            media = self._media_in(start, end)
-            place = self._positions_in(start, end)
-            # What was computed with the prompt is taken over.
-            key = given[block] if block < len(given) else block_key(hasher, parent, ids, media, context, place)
-            fields: list[Field] = [context, place]
-            for item in media:
-                fields += item
-            extra = encode_fields(fields)
-            tags = self._tags_until(end)
-            self.contents.append(BlockContent(key, ids, parent, extra, tags, len(media), request.cache_salt))
-        return self.contents
+            touched = self._touched(start, end) if start < self.media_end else []
+            if block < len(given):
+                key = given[block]  # what was computed with the prompt is taken over
+            else:
+                media = [(r.feature.key, max(start - r.offset, 0)) for r in touched]
+                key = block_key(hasher, parent, ids, media, layout.context, layout.positions_in(start, end))
+            cost = self._encoder_cost(touched, start, end) if touched else 0.0
+            salt = request.cache_salt
+            contents.append(BlockContent(key, ids, parent, self._tags, len(touched), salt, cost, block, layout))
+            parent = key
+        return contents
 
-    def _tags_until(self, end: int) -> tuple[MediaTag, ...]:
-        """Items that begin before `end`; the same tuple for blocks with the same."""
-        count = sum(r.offset < end for r in self.ranges)
-        if len(self._tags) != count:
-            self._tags = tuple(MediaTag(r.feature.key, r.feature.uuid) for r in self.ranges[:count])
-        return self._tags
+    def _touched(self, start: int, end: int) -> list[PlaceholderRange]:
+        """Items with tokens in [start, end), asked for from the front on; `_tags` has those that begin before `end`."""
+        ranges = self.ranges
+        while ranges[self._first_range].end <= start:
+            self._first_range += 1
+        last = self._first_range
+        while last < len(ranges) and ranges[last].offset < end:
+            last += 1
+        if last != len(self._tags):
+            self._tags = tuple(MediaTag(r.feature.key, r.feature.uuid) for r in ranges[:last])
+        return [r for r in ranges[self._first_range : last] if r.end > start]
 
-    def _positions_in(self, start: int, end: int) -> bytes:
-        """Positions of tokens [start, end), empty where they are start…end-1.
-
-        The same tokens may stand elsewhere: an answer to a long video continues after its last frame,
-        the same answer within the next turn's prompt after its picture's width (M-RoPE).
-        """
-        own = self.request.positions
-        if own is None or (start >= self.prompt_len and self.request.decode_delta == 0):
-            return b""
-        cut = min(max(start, self.prompt_len), end)
-        after = np.arange(cut, end, dtype=np.int32) + np.int32(self.request.decode_delta)
-        block = np.concatenate([own[:, start:cut], np.broadcast_to(after, (len(own), end - cut))], axis=1)
-        return b"" if (block == np.arange(start, end)).all() else block.astype(np.int32).tobytes()
-
-    def _media_in(self, start: int, end: int) -> list[tuple[bytes, int]]:
-        if start >= self.media_end:
-            return []
-        return [(r.feature.key, max(start - r.offset, 0)) for r in self.ranges if r.offset < end and r.end > start]
+    def _encoder_cost(self, touched: Iterable[PlaceholderRange], start: int, end: int) -> float:
+        costs = self.media_costs
+        return sum(costs.get(r.feature.key, 0) * (min(end, r.end) - max(start, r.offset)) / r.length for r in touched)
 
 
 @dataclass(frozen=True)
@@ -223,11 +227,14 @@ class ScheduledBatch:
 
 @dataclass
 class SchedulerStats:
-    """Counters since start, in tokens and events."""
+    """Counters since start, in tokens and events. queried_tokens: of the prompts that began; cached_tokens of them
+    were there."""
 
     steps: int = 0
     prompt_tokens: int = 0
+    queried_tokens: int = 0
     cached_tokens: int = 0
+    copied_tokens: int = 0
     generated_tokens: int = 0
     computed_tokens: int = 0
     partial_prefills: int = 0

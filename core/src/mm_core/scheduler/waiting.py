@@ -14,10 +14,12 @@ class WaitingQueue:
     """Adding, removing and putting back cost the same however long it is.
 
     window: the policy is shown so many, which bounds the work on very long queues; ageing cannot
-    starve what enters the window in order. measure: cached tokens of a sequence.
+    starve what enters the window in order. measure: what sequences are to the policy in a step.
     """
 
-    def __init__(self, policy: WaitingPolicy, window: int, measure: Callable[[Sequence], int]) -> None:
+    def __init__(
+        self, policy: WaitingPolicy, window: int, measure: Callable[[list[Sequence], int], list[Candidate]]
+    ) -> None:
         self.num_with_media = 0
         self._policy = policy
         self._window = window
@@ -50,8 +52,7 @@ class WaitingQueue:
     def ordered(self, step: int) -> list[Sequence]:
         """The window in the policy's order."""
         window = list(islice(self._queue.values(), self._window))
-        candidates = [Candidate(s.seq_id, self._measure(s), step - s.waiting_since) for s in window]
-        self._order = [window[i] for i in self._policy(candidates)]
+        self._order = [window[i] for i in self._policy(self._measure(window, step))]
         return self._order
 
     def last_order(self, step: int) -> Iterator[Sequence]:

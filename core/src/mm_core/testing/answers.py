@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_core.engine.engine import Engine
 from mm_core.testing.case import Answer, Case
-from mm_core.testing.workbench import Workbench, need
+from mm_core.testing.workbench import LOGPROBS, Workbench, need
 from mm_core.types import LogitsRows, RequestOutput
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ KV_REUSE = "KV reuse"
 ENCODER_REUSE = "encoder reuse"
 PROCESSORS = "logits processors"
 STREAMING = "streaming"
+FP8 = "fp8 KV"
 _LARGEST_CHUNK = 7
+_FP8_ERROR = 1.0  # of the first token's log-probability; some 0.1 where weights are random
 _CROWD = 2  # variants of each case that join it in a batch
 
 
@@ -110,6 +112,23 @@ def _counted(engine: Engine) -> Iterator[_Count]:
         yield found
     finally:
         del decoder.write_source
+
+
+# -- fp8
+
+
+def check_fp8(bench: Workbench, case: Case) -> Mapping[str, str | None]:
+    """Keys and values in eight bits: again from the cache the same tokens, which begin near the exact ones."""
+    plain, engine = bench.engine("fp8", kv_dtype="fp8"), bench.engine("fp8 reuse", reuse=True, kv_dtype="fp8")
+    caches = engine._frontend._core.runner.kv.caches.values()
+    need(all(layer.scales is not None for layers in caches for layer in layers), "the KV cache is not in fp8")
+    wanted = bench.ask(plain, case, logprobs=LOGPROBS)
+    _same(bench.ask(engine, case), wanted, "for the first time, with an fp8 KV cache,")
+    _same(bench.ask(engine, case), wanted, "served from an fp8 KV cache")
+    exact, found = ((output.logprobs or ({},))[0] for output in (bench.alone(case), wanted))
+    apart = max((abs(exact[t].logprob - found[t].logprob) for t in exact.keys() & found.keys()), default=float("inf"))
+    need(apart < _FP8_ERROR, f"with an fp8 KV cache the first token's log-probabilities differ by {apart:.2f}")
+    return {FP8: None}
 
 
 # -- batched, chunked

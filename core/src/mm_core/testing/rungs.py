@@ -48,6 +48,7 @@ RUNGS: Mapping[str, Rung] = {
         Rung("cached", "what encoder cache and KV cache serve changes no token", answers.check_cached),
         Rung("batched", "in a crowd, with steps overlapped or not, as alone", answers.check_batched),
         Rung("chunked", "a prompt in chunks gives the same tokens", answers.check_chunked),
+        Rung("fp8", "an fp8 KV cache serves what it was given", answers.check_fp8),
         Rung("streamed", "a stream ends with what generate gives", answers.check_streamed),
         Rung("logits_processors", "a logits processor steers one request and no other",
              answers.check_logits_processors),

@@ -82,9 +82,11 @@ class Workbench:
     def engine(self, name: str, **options: Any) -> Engine:
         """The engine of that name, made with these options if there is none."""
         if name not in self._engines:
-            reuse = options.pop("reuse", False)
+            reuse, kv_dtype = options.pop("reuse", False), options.pop("kv_dtype", "auto")
             given = {
-                "kv_cache_config": KvCacheConfig(num_blocks=self.settings.num_blocks, enable_block_reuse=reuse),
+                "kv_cache_config": KvCacheConfig(
+                    num_blocks=self.settings.num_blocks, enable_block_reuse=reuse, dtype=kv_dtype
+                ),
                 "device": self.settings.device,
                 "dtype": "float32",
                 "preprocess_threads": 1,

@@ -11,6 +11,10 @@ Query heads that share a key head are packed into the rows of one tile, so their
 import triton
 import triton.language as tl
 
+# Values of an fp8 cache differ in size by up to 2^40, float16 probabilities only by 2^24: the largest is made 2^15, and
+# those that count where values are large are not rounded to nothing.
+HEADROOM = tl.constexpr(15.0)
+
 
 @triton.jit
 def find_blocks(table_ptr, start, kv_len, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr):
@@ -38,6 +42,29 @@ def load_rows(ptr, rows, keys, kv_len, D: tl.constexpr, BLOCK_D: tl.constexpr, M
     else:
         tile = tl.load(at, mask=dims[None, :] < D, other=0.0)
     return tile
+
+
+@triton.jit
+def load_exponents(scales, blocks, keys, kv_len, BLOCK_SIZE: tl.constexpr):
+    """[BLOCK_N] int32 of the keys and of the values, biased by 127. scales: see `scales_of`."""
+    offsets = (keys % BLOCK_SIZE).to(tl.int64)
+    k_at = scales[0] + blocks * scales[2] + offsets * scales[3]
+    v_at = scales[1] + blocks * scales[4] + offsets * scales[5]
+    k = tl.load(k_at, mask=keys < kv_len, other=127)
+    return k.to(tl.int32), tl.load(v_at, mask=keys < kv_len, other=127).to(tl.int32)
+
+
+@triton.jit
+def dequantise(codes, exponents, DTYPE: tl.constexpr):
+    """The numbers of a tile of e4m3 codes: exact, `mm_core.kernels.fp8` says why."""
+    factors = (exponents << 23).to(tl.float32, bitcast=True)
+    # Not straight to bfloat16: that is an instruction of a quarter the speed.
+    numbers = codes.to(tl.float16)
+    if DTYPE == tl.float16:  # noqa: SIM300
+        numbers = numbers * factors.to(tl.float16)[:, None]
+    else:
+        numbers = (numbers.to(tl.float32) * factors[:, None]).to(DTYPE)
+    return numbers
 
 
 @triton.jit
@@ -71,15 +98,20 @@ def attend(
     SCALE_LATE: tl.constexpr,  # scale > 0 and no bias: max(s * x) = s * max(x), and s * x - m is one FMA
     MASKED: tl.constexpr,
     ALIGN: tl.constexpr,  # divides lo and BLOCK_N
+    scales=None,  # of an fp8 cache: see `scales_of`
 ):
     """Adds keys [lo, hi) to the running softmax. Without MASKED every row must see all of them."""
     # Found one step ahead, so that loads of keys wait for no other load.
     blocks = find_blocks(table_ptr, lo, kv_len, BLOCK_N, BLOCK_SIZE, PAGED)
+    if scales is not None:
+        k_exponents, v_exponents = load_exponents(scales, blocks, lo + tl.arange(0, BLOCK_N), kv_len, BLOCK_SIZE)
     for begin in range(lo, hi, BLOCK_N):
         start = tl.multiple_of(begin, ALIGN)
         keys = start + tl.arange(0, BLOCK_N)
         offsets = (keys % BLOCK_SIZE if PAGED else keys).to(tl.int64)
         k = load_rows(k_ptr, blocks * stride_kb + offsets * stride_kt, keys, kv_len, D, BLOCK_D, MASKED)
+        if scales is not None:
+            k = dequantise(k, k_exponents, q.dtype)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if not SCALE_LATE:
             scores = scores * scale
@@ -95,6 +127,8 @@ def attend(
         best = tl.max(scores, 1)
         if SCALE_LATE:
             best = best * scale
+        if scales is not None and q.dtype == tl.float16:
+            best = best - HEADROOM
         new_max = tl.maximum(row_max, best)
         anchor = new_max
         if MASKED or HAS_BIAS:
@@ -105,9 +139,13 @@ def attend(
         fade = tl.exp2(row_max - anchor)
         row_sum = row_sum * fade + tl.sum(weights, 1)
         v = load_rows(v_ptr, blocks * stride_vb + offsets * stride_vt, keys, kv_len, D, BLOCK_D, MASKED)
+        if scales is not None:
+            v = dequantise(v, v_exponents, q.dtype)
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
         row_max = new_max
         blocks = find_blocks(table_ptr, start + BLOCK_N, kv_len, BLOCK_N, BLOCK_SIZE, PAGED)
+        if scales is not None:
+            k_exponents, v_exponents = load_exponents(scales, blocks, keys + BLOCK_N, kv_len, BLOCK_SIZE)
     return acc, row_max, row_sum
 
 

@@ -15,12 +15,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mm_core.kernels._triton.attention import add_partials, attend, finish, log_sum, split_size
+from mm_core.kernels._triton.attention import add_partials, finish, log_sum, split_size
+from mm_core.kernels._triton.attention_fp8 import alike, attend_masked, scale_arguments, scales_of, takes_pairs
 from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, stride_unit
 from mm_core.kernels._triton.attention_shared import SharedPart, shared_by
+from mm_core.kernels._triton.attention_splits import (
+    combine_kernel,
+    counters,
+    merge_last,
+    num_decode_splits,
+    room,
+    split_bounds,
+)
 from mm_core.kernels._triton.launch import can_start_early, launch_options
+from mm_core.kernels.fp8 import DTYPE as FP8
+from mm_core.kernels.kv_write import Scales
 
-MAX_SPLITS = 128
 LINE = 128  # bytes of a line of the L2 cache
 AHEAD = 128  # keys whose way into the L2 cache begins while the kernel before still runs
 
@@ -53,51 +63,6 @@ def no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """A softmax's state before the first key."""
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     return tl.zeros([BLOCK_M, BLOCK_D], tl.float32), row_max, tl.zeros([BLOCK_M], tl.float32)
-
-
-@triton.jit
-def merge_splits(
-    out_ptr, partial_ptr, lse_ptr, used, dims, D: tl.constexpr, BLOCK_SPLITS: tl.constexpr
-):  # fmt: skip
-    """Some dims of one head: out = sum_i 2^(lse_i - lse) partial_i over the `used` splits."""
-    splits = tl.arange(0, BLOCK_SPLITS)
-    # Not from L1: other multiprocessors wrote them, maybe during this very kernel.
-    lse = tl.load(lse_ptr + splits, mask=splits < used, other=float("-inf"), cache_modifier=".cg")
-    # Unused splits wrote nothing: what lies there may be NaN and must not be loaded.
-    loadable = (splits < used)[:, None] & (dims[None, :] < D)
-    at = partial_ptr + splits[:, None] * D + dims[None, :]
-    parts = tl.load(at, mask=loadable, other=0.0, cache_modifier=".cg")
-    best = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(best == float("-inf"), 0.0, best))
-    total = tl.sum(weights, 0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=dims < D)
-
-
-@triton.jit
-def merge_last(
-    out_ptr, partial_ptr, lse_ptr, count_ptr, at, used, num_splits, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Counts one split of head `at` as done; the last of the `used` ones merges them."""
-    tl.debug_barrier()  # all that this program stored comes before
-    if tl.atomic_add(count_ptr + at, 1, sem="acq_rel", scope="gpu") == used - 1:
-        tl.atomic_xchg(count_ptr + at, 0, sem="relaxed", scope="gpu")
-        first = at.to(tl.int64) * num_splits
-        dims = tl.arange(0, BLOCK_D)
-        merge_splits(out_ptr, partial_ptr + first * D, lse_ptr + first, used, dims, D, BLOCK_SPLITS)
-
-
-@triton.jit
-def split_bounds(own, kv_len, split, num_splits, min_keys, STEP: tl.constexpr, SPLIT: tl.constexpr):
-    """Keys [lo, hi) of one split of a sequence's own ones, and how many splits there are."""
-    lo, hi, used = own, kv_len, 1
-    if SPLIT:
-        size = split_size(kv_len - own, num_splits, min_keys, STEP)
-        lo = own + split * size
-        hi = tl.minimum(lo + size, kv_len)
-        used = tl.cdiv(kv_len - own, size)
-    return lo, hi, used
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_keys", "num_shared_splits"], do_not_specialize_on_alignment=INTEGERS)
@@ -136,6 +101,14 @@ def decode_kernel(
     stride_bh,
     stride_bq,
     stride_bk,
+    k_scales_ptr,  # None, as their strides are, but for fp8 caches
+    v_scales_ptr,
+    stride_ksb,
+    stride_kst,
+    stride_ksh,
+    stride_vsb,
+    stride_vst,
+    stride_vsh,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,  # key heads of one program, whose keys lie side by side
     D: tl.constexpr,
@@ -158,14 +131,15 @@ def decode_kernel(
     EARLY: tl.constexpr,
     AHEAD: tl.constexpr,  # keys to fetch ahead
     LINES: tl.constexpr,  # of the cache that a key takes
+    ALIKE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One program: the GROUP query heads of each of PACK key heads of one sequence, over one split of its own keys.
 
     PACK key heads are taken for a single one of PACK * D dims: a query head has zeros where the others' dims are,
     and of its result only its own are kept. Tensor cores multiply 16 rows in any case.
     """
-    stride_ot, stride_oh = stride_ot * UNIT, stride_oh * UNIT
-    stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
+    stride_ot, stride_oh, stride_qt, stride_qh = stride_ot * UNIT, stride_oh * UNIT, stride_qt * UNIT, stride_qh * UNIT
     stride_kb, stride_kt, stride_kh = stride_kb * UNIT, stride_kt * UNIT, stride_kh * UNIT
     stride_vb, stride_vt, stride_vh = stride_vb * UNIT, stride_vt * UNIT, stride_vh * UNIT
     pack, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -188,22 +162,23 @@ def decode_kernel(
     if (next_token <= token) | ((lo >= kv_len) & (split > 0)):
         return
     rows = tl.arange(0, BLOCK_M)
-    heads = pack * (GROUP * PACK) + rows
-    row_ok = rows < GROUP * PACK
+    heads, row_ok = pack * (GROUP * PACK) + rows, rows < GROUP * PACK
     dims = own_dims(rows, GROUP, PACK, D, BLOCK_D)
     io_mask = row_ok[:, None] & (dims >= 0) & (dims < D)
     at = (seq * (tl.num_programs(0) * GROUP * PACK) + heads).to(tl.int64)
-    q_ptr += token.to(tl.int64) * stride_qt
-    q = tl.load(q_ptr + heads[:, None] * stride_qh + dims, mask=io_mask, other=0.0)
+    q = tl.load(q_ptr + token.to(tl.int64) * stride_qt + heads[:, None] * stride_qh + dims, mask=io_mask, other=0.0)
     bias_at = bias_ptr + heads[:, None].to(tl.int64) * stride_bh
     if CAUSAL:
         bias_at += (kv_len - 1).to(tl.int64) * stride_bq
     acc, row_max, row_sum = no_keys(BLOCK_M, BLOCK_D)
     # The newest token sees every key: no causal mask. One masked loop is sooner done than a bare one and a rest.
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        bias_at, stride_bk, row_ok[:, None], lo, hi, hi, rows, scale,
-        D * PACK, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=STEP,
+    scales = scales_of(
+        k_scales_ptr, v_scales_ptr, pack * PACK, stride_ksb, stride_kst, stride_ksh, stride_vsb, stride_vst, stride_vsh
+    )
+    acc, row_max, row_sum = attend_masked(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, scales,
+        bias_at, stride_bk, row_ok[:, None], lo, hi, rows, scale,
+        D * PACK, BLOCK_N, BLOCK_D, BLOCK_SIZE, HAS_BIAS, SCALE_LATE, ALIKE, PAIRS, STEP,
     )  # fmt: skip
     if SHARED:
         count = tl.cdiv(own, split_size(own, num_shared_splits, SHARED_KEYS, SHARED_BLOCK)) * (split == 0).to(tl.int32)
@@ -226,83 +201,20 @@ def decode_kernel(
         tl.store(out_ptr + heads[:, None] * stride_oh + dims, result.to(out_ptr.dtype.element_ty), mask=io_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits", "min_keys"], do_not_specialize_on_alignment=INTEGERS[1:])
-def combine_kernel(
-    out_ptr,  # [T, Hq, D]
-    partial_ptr,  # float32 [S, Hq, num_splits, D]
-    lse_ptr,  # float32 [S, Hq, num_splits]
-    cu_seqlens_ptr,
-    kv_lens_ptr,
-    members_ptr,
-    bounds_ptr,
-    lens_ptr,
-    num_splits,
-    min_keys,
-    stride_ot,
-    stride_oh,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One program: BLOCK_D dims of one head of a sequence of several splits."""
-    if EARLY:
-        gdc_launch_dependents()
-    head = tl.program_id(0)
-    seq = tl.program_id(1)
-    own = 0
-    if SHARED:
-        seq, own = shared_by(seq, members_ptr, bounds_ptr, lens_ptr, tl.num_programs(1), BLOCK_S)
-    token = tl.load(cu_seqlens_ptr + seq)
-    length = tl.load(kv_lens_ptr + seq) - own
-    used = tl.cdiv(length, split_size(length, num_splits, min_keys, STEP))
-    if EARLY:
-        gdc_wait()
-    if (used <= 1) | (tl.load(cu_seqlens_ptr + seq + 1) <= token):
-        return
-    at = (seq * tl.num_programs(0) + head).to(tl.int64) * num_splits
-    merge_splits(
-        out_ptr + token.to(tl.int64) * stride_ot + head * stride_oh, partial_ptr + at * D, lse_ptr + at, used,
-        tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D), D, BLOCK_SPLITS,
-    )  # fmt: skip
-
-
-def num_decode_splits(num_programs: int, max_kv_len: int, num_processors: int) -> tuple[int, int]:
-    """The most splits of a sequence, two programs for each multiprocessor, and the fewest keys worth one.
-
-    The more sequences there are, the longer a split must be to pay for the reduction: they keep the memory busy
-    anyway. Measured on one H100.
-    """
-    wanted = 2 * num_processors // max(num_programs, 1)
-    min_keys = max(64, 4 * triton.next_power_of_2(num_programs))
-    return max(1, min(wanted, triton.cdiv(max_kv_len, min_keys), MAX_SPLITS)), min_keys
-
-
-_COUNTERS: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def counters(k_cache: Tensor, size: int) -> Tensor:
-    """Counters of finished splits, zero; every launch leaves them so. Each cache has its own, because kernels on
-    two streams run at once, and those do not share a cache."""
-    key = (k_cache.data_ptr(), k_cache.device)
-    found = _COUNTERS.get(key)
-    if found is None:
-        found = torch.zeros(size, dtype=torch.int32, device=k_cache.device)
-        if not (k_cache.is_cuda and torch.cuda.is_current_stream_capturing()):  # zeroed by that graph alone, else
-            _COUNTERS[key] = found
-    return found
-
-
 class DecodeTiles(NamedTuple):
-    """Sizes of one decode program: keys a step, warps, pipeline stages, key heads."""
+    """Sizes of one decode program: keys a step, warps, pipeline stages, key heads, and the most registers of a
+    thread where the compiler would take so many that fewer programs fit on a multiprocessor."""
 
     keys: int
     warps: int
     stages: int
     pack: int = 1
+    registers: int = 0
+
+    def launch(self) -> dict[str, int | bool]:
+        """Options of the launch."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **limit}
 
 
 def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
@@ -312,11 +224,29 @@ def decode_tiles(dtype: torch.dtype, head_size: int) -> DecodeTiles:
     return DecodeTiles(64, 4, 2)
 
 
+def coded_tiles(dtype: torch.dtype, head_size: int, programs: float, *, shared: bool) -> DecodeTiles:
+    """Over an fp8 cache; programs: a multiprocessor's, without splits. Measured on one H100: as 256 x 400 keys of
+    4 heads, 8 programs, took 47 us at once and 58 in three turns of `decode_tiles`."""
+    if dtype == torch.float32 or not 64 < head_size <= 128:
+        return decode_tiles(dtype, head_size)
+    if shared or 4 < programs <= 8:
+        return DecodeTiles(32, 2, 3, registers=128)
+    if programs > 8:
+        return DecodeTiles(64, 2, 3)
+    return DecodeTiles(128, 4, 3) if programs <= 2 else DecodeTiles(64, 4, 2)
+
+
+def _default_tiles(q: Tensor, k_cache: Tensor, programs: float, shared: SharedPart | None) -> DecodeTiles:
+    if k_cache.dtype == FP8:
+        return coded_tiles(q.dtype, q.shape[2], programs, shared=shared is not None)
+    return decode_tiles(q.dtype, q.shape[2])
+
+
 def _packed(size: DecodeTiles, k_cache: Tensor, v_cache: Tensor, shared: SharedPart | None) -> DecodeTiles:
     """One key head a program where several do not lie side by side, or partial results are to be added."""
     _, _, num_heads, head_size = k_cache.shape
     apart = num_heads % size.pack or (k_cache.stride(2), v_cache.stride(2)) != (head_size, head_size)
-    return size._replace(pack=1) if apart or shared is not None else size
+    return size._replace(pack=1) if apart or shared is not None or k_cache.dtype == FP8 else size
 
 
 def early_options(device: torch.device) -> dict[str, bool]:
@@ -328,13 +258,6 @@ def early_options(device: torch.device) -> dict[str, bool]:
 def lines_of_key(k_cache: Tensor, pack: int) -> int:
     """Lines of the cache that a key of `pack` heads takes, as a power of two."""
     return triton.next_power_of_2(triton.cdiv(k_cache.shape[3] * pack * k_cache.element_size(), LINE))
-
-
-def room(q: Tensor, num_seqs: int, splits: int) -> tuple[Tensor, Tensor]:
-    """Float32 results [S, Hq, splits, D] and logarithms of sums [S, Hq, splits]."""
-    shape = (num_seqs, q.shape[1], splits)
-    partial = torch.empty((*shape, q.shape[2]), dtype=torch.float32, device=q.device)
-    return partial, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def decode(
@@ -351,20 +274,20 @@ def decode(
     causal: bool,
     bias: Tensor | None = None,
     shared: SharedPart | None = None,
+    scales: Scales | None = None,
     num_splits: int | None = None,
     tiles: DecodeTiles | None = None,
 ) -> None:
-    """Writes attention of q [T, Hq, D], at most one row a sequence, to out [T, Hq, D].
-
-    `num_splits` and `tiles` override the choice by shape (benchmarks).
-    """
+    """Writes attention of q [T, Hq, D], at most one row a sequence, to out [T, Hq, D]. `num_splits` and `tiles`
+    override the choice by shape (benchmarks)."""
     _, block_size, num_kv_heads, head_size = k_cache.shape
     num_heads, num_seqs = q.shape[1], kv_lens.shape[0]
     if q.shape[0] == 0 or num_seqs == 0:
         return
     group = num_heads // num_kv_heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    size = _packed(tiles or decode_tiles(q.dtype, head_size), k_cache, v_cache, shared)
+    default = _default_tiles(q, k_cache, num_seqs * num_kv_heads / processors, shared)
+    size = _packed(tiles or default, k_cache, v_cache, shared)
     programs = num_seqs * num_kv_heads // size.pack
     splits, min_keys = num_decode_splits(programs, max_kv_len, processors)
     splits = num_splits or splits
@@ -374,7 +297,8 @@ def decode(
     partial, lse = room(q, num_seqs, splits) if splits > 1 else (out, out)
     part = shared or SharedPart(cu_seqlens_q, cu_seqlens_q, cu_seqlens_q, out, out, 1, 1, 1)
     strides = (*out.stride()[:2], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
-    unit = stride_unit(strides)
+    unit = stride_unit(strides, k_cache.dtype)
+    pairs = takes_pairs(q, scales, unit)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
     step = math.gcd(block_size, size.keys)
     over = {"SHARED": shared is not None, "BLOCK_S": triton.next_power_of_2(num_seqs) if shared else 1}
@@ -382,13 +306,13 @@ def decode(
     decode_kernel[(num_kv_heads // size.pack, num_seqs, splits)](
         out, partial, lse, count, q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, q if bias is None else bias,
         part.members, part.bounds, part.lens, part.results, part.lse, splits, min_keys, part.splits, scale * LOG2_E,
-        *(stride // unit for stride in strides), block_tables.stride(0), *bias_strides,
+        *(stride // unit for stride in strides), block_tables.stride(0), *bias_strides, *scale_arguments(scales),
         GROUP=group, PACK=size.pack, D=head_size, BLOCK_M=max(16, triton.next_power_of_2(group * size.pack)),
-        BLOCK_N=size.keys, BLOCK_D=max(16, triton.next_power_of_2(head_size * size.pack)), BLOCK_SIZE=block_size,
-        CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0, SPLIT=splits > 1,
-        SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block, STEP=step, UNIT=unit, COUNTED=counted,
-        AHEAD=AHEAD if splits > 1 else 0, LINES=lines_of_key(k_cache, size.pack), **over,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
+        BLOCK_N=size.keys, BLOCK_D=max(32 if pairs else 16, triton.next_power_of_2(head_size * size.pack)),
+        BLOCK_SIZE=block_size, CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0,
+        SPLIT=splits > 1, SHARED_KEYS=part.min_keys, SHARED_BLOCK=part.block, STEP=step, UNIT=unit, COUNTED=counted,
+        AHEAD=AHEAD if splits > 1 else 0, LINES=lines_of_key(k_cache, size.pack),
+        ALIKE=alike(k_cache, v_cache, scales), PAIRS=pairs, **over, **size.launch(),
     )  # fmt: skip
     if splits > 1 and not counted:
         dims = triton.next_power_of_2(min(head_size, 32 if num_seqs * num_heads < 2 * processors else head_size))

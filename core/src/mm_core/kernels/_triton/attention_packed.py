@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mm_core.kernels._triton.attention import attend
+from mm_core.kernels._triton.attention_fp8 import attend_cached, scale_arguments, scales_of
 from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, find_sequence, stride_unit
+from mm_core.kernels.fp8 import DTYPE as FP8
+from mm_core.kernels.kv_write import Scales
 
 # Chunks of a prompt from this many tokens on are worth a program for each query head.
 MIN_CHUNK = 128
@@ -48,21 +50,16 @@ def packed_step(acc, rest, row_max, row_sum, q, q_rest, k, k_rest, v, v_rest, vi
 
 @triton.jit
 def earlier_keys(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, count, rows, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, scales, count, rows,
+    scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` keys of the paged cache, which every row sees."""
     clear = count // BLOCK_N * BLOCK_N
     row_ok = rows[:, None] >= 0
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        k_ptr, 0, row_ok, 0, clear, count, rows, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=False, ALIGN=BLOCK_N,
-    )  # fmt: skip
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        k_ptr, 0, row_ok, clear, count, count, rows, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, True, MASKED=True, ALIGN=BLOCK_N,
+    acc, row_max, row_sum = attend_cached(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, scales,
+        k_ptr, 0, row_ok, 0, clear, count, count, rows, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, False, False, True, False, False,
     )  # fmt: skip
     return acc, row_max, row_sum
 
@@ -151,6 +148,14 @@ def packed_kernel(
     stride_vct,
     stride_vch,
     stride_table,
+    k_scales_ptr,  # None, as their strides are, but for fp8 caches
+    v_scales_ptr,
+    stride_ksb,
+    stride_kst,
+    stride_ksh,
+    stride_vsb,
+    stride_vst,
+    stride_vsh,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,10 +168,8 @@ def packed_kernel(
     UNIT: tl.constexpr,
 ):
     """One program: BLOCK_M tokens of one sequence, one query head."""
-    stride_ot, stride_oh = stride_ot * UNIT, stride_oh * UNIT
-    stride_qt, stride_qh = stride_qt * UNIT, stride_qh * UNIT
-    stride_kt, stride_kh = stride_kt * UNIT, stride_kh * UNIT
-    stride_vt, stride_vh = stride_vt * UNIT, stride_vh * UNIT
+    stride_ot, stride_oh, stride_qt, stride_qh = stride_ot * UNIT, stride_oh * UNIT, stride_qt * UNIT, stride_qh * UNIT
+    stride_kt, stride_kh, stride_vt, stride_vh = stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT
     head = tl.program_id(0) % num_heads
     # Causal tiles at a sequence's end are the longest: they start first, so none is left alone at the end.
     tile = first_tile + num_tiles - 1 - tl.program_id(0) // num_heads
@@ -194,10 +197,13 @@ def packed_kernel(
         rest = tl.zeros([BLOCK_M, REST], tl.float32)
 
     if PAGED:
+        scales = scales_of(
+            k_scales_ptr, v_scales_ptr, kv_head, stride_ksb, stride_kst, stride_ksh, stride_vsb, stride_vst, stride_vsh
+        )
         acc, row_max, row_sum = earlier_keys(
             acc, row_max, row_sum, q, k_cache_ptr + kv_head.to(tl.int64) * stride_kch * UNIT,
             v_cache_ptr + kv_head.to(tl.int64) * stride_vch * UNIT, table_ptr + seq.to(tl.int64) * stride_table,
-            stride_kcb * UNIT, stride_kct * UNIT, stride_vcb * UNIT, stride_vct * UNIT,
+            stride_kcb * UNIT, stride_kct * UNIT, stride_vcb * UNIT, stride_vct * UNIT, scales,
             tl.load(kv_lens_ptr + seq) - q_len, rows, scale, D, BLOCK_N, BLOCK_D, BLOCK_SIZE,
         )  # fmt: skip
     # The sequence's own keys: [0, clear) are visible to every row of the tile, [clear, hi) only to some.
@@ -260,10 +266,12 @@ def packed_pays(
 ) -> bool:
     """Whether chunks of a prompt are better read from `fresh` than from the cache. Short ones, and those after
     many cached keys, do better with the heads of one key head in one tile. A cache of another type than the
-    model's holds other values than `fresh`."""
+    model's holds other values than `fresh`, but for fp8, to whose values `fresh` was rounded."""
     whole = q.shape[2] in (64, 128)
-    long = max_q_len >= MIN_CHUNK and max_kv_len <= 4 * max_q_len
-    return whole and long and k_cache.dtype == q.dtype and packable(q, *fresh, scale)
+    # Earlier keys in fp8 are converted once for each tile of rows, and these are the smaller ones.
+    most = 1.5 if k_cache.dtype == FP8 else 4
+    long = max_q_len >= MIN_CHUNK and max_kv_len <= most * max_q_len
+    return whole and long and k_cache.dtype in (q.dtype, FP8) and packable(q, *fresh, scale)
 
 
 def packed(
@@ -279,6 +287,7 @@ def packed(
     caches: tuple[Tensor, Tensor] | None = None,
     block_tables: Tensor | None = None,
     kv_lens: Tensor | None = None,
+    scales: Scales | None = None,
     first_row: int = 0,
     tiles: PackedTiles | None = None,
 ) -> None:
@@ -313,6 +322,7 @@ def packed(
         *old, block_tables if paged else cu_seqlens, cu_seqlens, kv_lens if paged else cu_seqlens,
         num_tiles, first_tile, num_seqs, num_heads, scale * LOG2_E,
         *(stride // unit for stride in strides), 0 if block_tables is None else block_tables.stride(0),
+        *scale_arguments(scales),
         GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_D=width, REST=rest, BLOCK_M=size.rows,
         BLOCK_N=size.keys, BLOCK_SIZE=old[0].shape[1] if paged else 1, PAGED=paged, CAUSAL=causal, UNIT=unit,
         num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,

@@ -2,6 +2,7 @@
 # ruff: noqa: N803 (Triton constants are upper case)
 """Attention of many query tokens per sequence, over paged or packed keys."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm_core.kernels._triton.attention import attend, finish
+from mm_core.kernels._triton.attention import finish
+from mm_core.kernels._triton.attention_fp8 import attend_cached, scale_arguments, scales_of
+from mm_core.kernels.fp8 import DTYPE as FP8
+from mm_core.kernels.kv_write import Scales
 
 LOG2_E = 1.4426950408889634
 # Bytes of shared memory that the largest tiles take.
@@ -66,6 +70,14 @@ def prefill_kernel(
     stride_bh,
     stride_bq,
     stride_bk,
+    k_scales_ptr,  # None, as their strides are, but for fp8 caches
+    v_scales_ptr,
+    stride_ksb,
+    stride_kst,
+    stride_ksh,
+    stride_vsb,
+    stride_vst,
+    stride_vsh,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,15 +141,13 @@ def prefill_kernel(
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
     table_ptr += seq.to(tl.int64) * stride_table
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        bias_at, stride_bk, bias_rows, 0, clear, kv_len, positions, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=False, ALIGN=BLOCK_N,
-    )  # fmt: skip
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        bias_at, stride_bk, bias_rows, clear, hi, kv_len, positions, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, PAGED, CAUSAL, HAS_BIAS, SCALE_LATE, MASKED=True, ALIGN=BLOCK_N,
+    scales = scales_of(
+        k_scales_ptr, v_scales_ptr, kv_head, stride_ksb, stride_kst, stride_ksh, stride_vsb, stride_vst, stride_vsh
+    )
+    acc, row_max, row_sum = attend_cached(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, scales,
+        bias_at, stride_bk, bias_rows, 0, clear, hi, kv_len, positions, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, CAUSAL, HAS_BIAS, SCALE_LATE, False, False, PAGED,
     )  # fmt: skip
     out_at = out_ptr + (at * stride_ot + heads * stride_oh)[:, None] + dims[None, :]
     tl.store(out_at, finish(acc, row_sum).to(out_ptr.dtype.element_ty), mask=io_mask)
@@ -152,10 +162,13 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def prefill_tiles(dtype: torch.dtype, head_size: int, rows: int, group: int, *, shared_memory: int) -> Tiles:
+def prefill_tiles(
+    dtype: torch.dtype, head_size: int, rows: int, group: int, *, shared_memory: int, coded: bool = False
+) -> Tiles:
     """Fixed by shape: float32 runs on plain FMAs, whose tiles must stay small; half types on tensor cores.
 
     rows: the longest sequence's, tokens * group. shared_memory: what one program may have, in bytes.
+    coded: the cache is fp8, whose conversion costs the less a key the more keys a step has.
     Measured on one H100 (228 KiB); the small tiles for less memory are not tuned.
     """
     wide = triton.next_power_of_2(group)
@@ -165,12 +178,15 @@ def prefill_tiles(dtype: torch.dtype, head_size: int, rows: int, group: int, *, 
         return Tiles(max(64, wide), 32, 4, 2)
     if rows <= 64:
         return Tiles(max(64, wide), 32, 4, 3)
-    return Tiles(max(128, wide), 64, 8, 3)
+    return Tiles(max(128, wide), 128, 8, 2) if coded else Tiles(max(128, wide), 64, 8, 3)
 
 
-def stride_unit(strides: Iterable[int]) -> int:
-    """8 where every stride is a multiple of it (16 bytes of a half type), else 1."""
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+def stride_unit(strides: Iterable[int], cached: torch.dtype | None = None) -> int:
+    """8 where every stride is a multiple of it (16 bytes of a half type), else 1; or 16 where a cache is fp8."""
+    common = math.gcd(*strides)
+    if cached == FP8 and common % 16 == 0:
+        return 16
+    return 8 if common % 8 == 0 else 1
 
 
 def prefill(
@@ -186,6 +202,7 @@ def prefill(
     block_tables: Tensor | None = None,
     kv_lens: Tensor | None = None,
     bias: Tensor | None = None,
+    scales: Scales | None = None,
     tiles: Tiles | None = None,
     first_row: int = 0,
 ) -> None:
@@ -203,14 +220,16 @@ def prefill(
     if q.is_cuda:
         properties: Any = torch.cuda.get_device_properties(q.device)  # torch's stubs lack the attribute
         memory = properties.shared_memory_per_block_optin
-    size = tiles or prefill_tiles(q.dtype, head_size, max_q_len * group, group, shared_memory=memory)
+    size = tiles or prefill_tiles(
+        q.dtype, head_size, max_q_len * group, group, shared_memory=memory, coded=scales is not None
+    )
     block_q = size.rows // group
     first_tile = first_row // block_q
     num_tiles = num_tokens // block_q - first_tile + num_seqs
     paged = block_tables is not None
     k_strides, v_strides = (x.stride()[:3] if paged else (0, *x.stride()[:2]) for x in (k, v))
     strides = (*out.stride()[:2], *q.stride()[:2], *k_strides, *v_strides)
-    unit = stride_unit(strides)
+    unit = stride_unit(strides, k.dtype)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) * (bias.shape[0] > 1), *bias.stride()[1:])
     prefill_kernel[(num_tiles * k.shape[-2],)](
         # Pointers that the kernel's flags leave unread still need some tensor.
@@ -218,7 +237,7 @@ def prefill(
         kv_lens if paged else cu_seqlens_q, q if bias is None else bias,
         num_tiles, first_tile, num_seqs, k.shape[-2], scale * LOG2_E,
         *(stride // unit for stride in strides),
-        0 if block_tables is None else block_tables.stride(0), *bias_strides,
+        0 if block_tables is None else block_tables.stride(0), *bias_strides, *scale_arguments(scales),
         GROUP=group, D=head_size, BLOCK_M=size.rows, BLOCK_Q=block_q, BLOCK_N=size.keys,
         BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=k.shape[1] if paged else 1,
         PAGED=paged, CAUSAL=causal, HAS_BIAS=bias is not None, SCALE_LATE=bias is None and scale > 0,

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm_core.kernels._triton.attention import attend, finish, log_sum, split_size
+from mm_core.kernels._triton.attention import finish, log_sum, split_size
+from mm_core.kernels._triton.attention_fp8 import alike, attend_cached, scale_arguments, scales_of, takes_pairs
 from mm_core.kernels._triton.attention_prefill import INTEGERS, LOG2_E, stride_unit
+from mm_core.kernels.kv_write import Scales
 
 # Shared keys are split so that few groups fill the multiprocessors, in pieces of at least so many keys.
 MAX_SHARED_SPLITS = 8
@@ -79,6 +81,14 @@ def shared_kernel(
     stride_vt,
     stride_vh,
     stride_table,
+    k_scales_ptr,  # None, as their strides are, but for fp8 caches
+    v_scales_ptr,
+    stride_ksb,
+    stride_kst,
+    stride_ksh,
+    stride_vsb,
+    stride_vst,
+    stride_vsh,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,6 +101,8 @@ def shared_kernel(
     SCALE_LATE: tl.constexpr,
     UNIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    ALIKE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """A piece of work: the query heads of one key head of MEMBERS members of one group, over one split of its
     keys. A program does every so many-th of them."""
@@ -111,22 +123,25 @@ def shared_kernel(
         tile = piece // KV_HEADS // num_splits
         group = tl.sum((last <= tile).to(tl.int32), 0)
         before = tl.max(tl.where(last <= tile, last, 0), 0)
+        scales = scales_of(
+            k_scales_ptr, v_scales_ptr, kv_head, stride_ksb, stride_kst, stride_ksh, stride_vsb, stride_vst, stride_vsh
+        )
         shared_piece(
             partial_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, cu_seqlens_ptr, members_ptr, bounds_ptr, lens_ptr,
-            kv_head, split, group, tile - before, num_splits, scale,
+            kv_head, split, group, tile - before, num_splits, scale, scales,
             stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
-            GROUP, D, BLOCK_M, MEMBERS, BLOCK_N, BLOCK_D, BLOCK_SIZE, MIN_KEYS, SCALE_LATE, KV_HEADS,
+            GROUP, D, BLOCK_M, MEMBERS, BLOCK_N, BLOCK_D, BLOCK_SIZE, MIN_KEYS, SCALE_LATE, KV_HEADS, ALIKE, PAIRS,
         )  # fmt: skip
 
 
 @triton.jit
 def shared_piece(
     partial_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, cu_seqlens_ptr, members_ptr, bounds_ptr, lens_ptr,
-    kv_head, split, group, tile, num_splits, scale,
+    kv_head, split, group, tile, num_splits, scale, scales,
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_table,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MIN_KEYS: tl.constexpr, SCALE_LATE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, ALIKE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The group's tile-th MEMBERS members. Where the group has fewer splits, the piece has no keys and stores
     nothing."""
@@ -154,15 +169,10 @@ def shared_piece(
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
     clear = lo + (hi - lo) // BLOCK_N * BLOCK_N
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        q_ptr, 0, row_ok[:, None], lo, clear, hi, rows, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, SCALE_LATE, MASKED=False, ALIGN=BLOCK_N,
-    )  # fmt: skip
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt,
-        q_ptr, 0, row_ok[:, None], clear, hi, hi, rows, scale,
-        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, True, False, False, SCALE_LATE, MASKED=True, ALIGN=BLOCK_N,
+    acc, row_max, row_sum = attend_cached(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, scales,
+        q_ptr, 0, row_ok[:, None], lo, clear, hi, hi, rows, scale,
+        D, BLOCK_N, BLOCK_D, BLOCK_SIZE, False, False, SCALE_LATE, ALIKE, PAIRS,
     )  # fmt: skip
     at = (seqs.to(tl.int64) * (KV_HEADS * GROUP) + heads) * num_splits + split
     tl.store(lse_ptr + at, log_sum(row_max, row_sum), mask=row_ok)
@@ -178,12 +188,12 @@ class SharedTiles(NamedTuple):
     stages: int
 
 
-def shared_tiles(dtype: torch.dtype, head_size: int, group: int) -> SharedTiles:
-    """Fixed by shape; group: query heads a key head. Measured on one H100."""
+def shared_tiles(dtype: torch.dtype, head_size: int, group: int, *, coded: bool = False) -> SharedTiles:
+    """Fixed by shape; group: query heads a key head; coded: the cache is fp8. Measured on one H100."""
     rows = 16 if group == 1 else 32
     if dtype == torch.float32 or head_size > 128:
         return SharedTiles(rows, 32, 4, 2)
-    return SharedTiles(rows, 64, 4, 2)
+    return SharedTiles(rows, 128 if coded else 64, 4, 2)
 
 
 def attend_shared(
@@ -198,6 +208,7 @@ def attend_shared(
     *,
     max_kv_len: int,
     scale: float,
+    scales: Scales | None = None,
     tiles: SharedTiles | None = None,
 ) -> SharedPart:
     """Partial results of q [T, Hq, D], one row a sequence, over its group's shared keys.
@@ -207,23 +218,26 @@ def attend_shared(
     _, block_size, num_kv_heads, head_size = k_cache.shape
     num_heads, num_seqs = q.shape[1], members.shape[0]
     group = num_heads // num_kv_heads
-    size = tiles or shared_tiles(q.dtype, head_size, group)
+    size = tiles or shared_tiles(q.dtype, head_size, group, coded=scales is not None)
     size = size._replace(rows=max(size.rows, triton.next_power_of_2(group)))
     per_tile = size.rows // group
     splits = max(1, min(MAX_SHARED_SPLITS, triton.cdiv(max_kv_len, MIN_SHARED_KEYS)))
     results = torch.empty((num_seqs, num_heads, splits, head_size), dtype=torch.float32, device=q.device)
     lse = torch.empty((num_seqs, num_heads, splits), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
-    unit = stride_unit(strides)
+    unit = stride_unit(strides, k_cache.dtype)
+    pairs = takes_pairs(q, scales, unit)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     # Groups that share have two members or more.
     most = num_kv_heads * splits * (num_seqs // per_tile + max(num_seqs // 2, 1))
     shared_kernel[(min(PROGRAMS * processors, most),)](
         results, lse, q, k_cache, v_cache, block_tables, cu_seqlens_q, members, bounds, lens,
         splits, num_seqs, scale * LOG2_E, *(stride // unit for stride in strides), block_tables.stride(0),
+        *scale_arguments(scales),
         GROUP=group, D=head_size, BLOCK_M=size.rows, MEMBERS=per_tile, BLOCK_N=size.keys,
-        BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_S=triton.next_power_of_2(num_seqs),
+        BLOCK_D=max(32 if pairs else 16, triton.next_power_of_2(head_size)), BLOCK_S=triton.next_power_of_2(num_seqs),
         BLOCK_SIZE=block_size, MIN_KEYS=MIN_SHARED_KEYS, SCALE_LATE=scale > 0, UNIT=unit, KV_HEADS=num_kv_heads,
+        ALIKE=alike(k_cache, v_cache, scales), PAIRS=pairs,
         num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return SharedPart(members, bounds, lens, results, lse, splits, MIN_SHARED_KEYS, size.keys)

@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mm_core.kernels._triton.kv_write import magnitude_bits, scale_arguments, scale_exponents, write_e4m3
 from mm_core.kernels._triton.launch import can_start_early, launch_options
+from mm_core.kernels.kv_write import Scales
 
 HEADS_PER_PROGRAM = 16
 
@@ -33,6 +35,8 @@ def rope_kv_write_kernel(
     sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,  # these and v's are read when QUANTISED
+    v_scales_ptr,
     slots_ptr,
     stride_qt,
     stride_qh,
@@ -48,6 +52,12 @@ def rope_kv_write_kernel(
     stride_vcb,
     stride_vct,
     stride_vch,
+    stride_ksb,
+    stride_kst,
+    stride_ksh,
+    stride_vsb,
+    stride_vst,
+    stride_vsh,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -57,6 +67,7 @@ def rope_kv_write_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    QUANTISED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program: BLOCK_Q heads of q, or all heads of k and v, of one token."""
@@ -73,31 +84,51 @@ def rope_kv_write_kernel(
         q_heads = (part - 1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         rotate(q_ptr + token * stride_qt, q_heads, Q_HEADS, stride_qh, cos, sin, HALF, BLOCK_HALF)
     else:
-        heads = tl.arange(0, BLOCK_K)[:, None]
+        head = tl.arange(0, BLOCK_K)
+        heads = head[:, None]
         dims = tl.arange(0, BLOCK_D)[None, :]
         mask = (heads < K_HEADS) & turned[None, :]
         source = k_ptr + token * stride_kt + heads * stride_kh
-        first = tl.load(source + freqs[None, :], mask=mask).to(tl.float32)
-        second = tl.load(source + HALF + freqs[None, :], mask=mask).to(tl.float32)
-        low = (first * cos - second * sin).to(k_ptr.dtype.element_ty)
-        high = (second * cos + first * sin).to(k_ptr.dtype.element_ty)
-        tl.store(source + freqs[None, :], low, mask=mask)
-        tl.store(source + HALF + freqs[None, :], high, mask=mask)
+        first = tl.load(source + freqs[None, :], mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF + freqs[None, :], mask=mask, other=0.0).to(tl.float32)
+        low = tl.where(mask, first * cos - second * sin, 0.0).to(k_ptr.dtype.element_ty)
+        high = tl.where(mask, second * cos + first * sin, 0.0).to(k_ptr.dtype.element_ty)
         slot = tl.load(slots_ptr + token).to(tl.int64)
+        if not QUANTISED:
+            tl.store(source + freqs[None, :], low, mask=mask)
+            tl.store(source + HALF + freqs[None, :], high, mask=mask)
         if slot >= 0:
             block = slot // BLOCK_SIZE
             offset = slot % BLOCK_SIZE
             dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
             target = k_cache_ptr + block * stride_kcb + offset * stride_kct + heads * stride_kch
-            tl.store(target + freqs[None, :], low.to(dtype), mask=mask)
-            tl.store(target + HALF + freqs[None, :], high.to(dtype), mask=mask)
-            if D > 2 * HALF:
-                rest = (heads < K_HEADS) & (dims >= 2 * HALF) & (dims < D)
-                tl.store(target + dims, tl.load(source + dims, mask=rest).to(dtype), mask=rest)
+            rest = (heads < K_HEADS) & (dims >= 2 * HALF) & (dims < D)
             used = (heads < K_HEADS) & (dims < D)
-            v = tl.load(v_ptr + token * stride_vt + heads * stride_vh + dims, mask=used)
+            v_from = v_ptr + token * stride_vt + heads * stride_vh + dims
+            v = tl.load(v_from, mask=used, other=0.0)
             v_at = v_cache_ptr + block * stride_vcb + offset * stride_vct + heads * stride_vch + dims
-            tl.store(v_at, v.to(v_cache_ptr.dtype.element_ty), mask=used)
+            if QUANTISED:
+                bits = tl.maximum(magnitude_bits(low), magnitude_bits(high))
+                if D > 2 * HALF:
+                    kept = tl.load(source + dims, mask=rest, other=0.0)
+                    bits = tl.maximum(bits, magnitude_bits(kept))
+                exponents = scale_exponents(bits)
+                write_e4m3(low, source + freqs[None, :], target + freqs[None, :], exponents, mask)
+                write_e4m3(high, source + HALF + freqs[None, :], target + HALF + freqs[None, :], exponents, mask)
+                if D > 2 * HALF:
+                    write_e4m3(kept, source + dims, target + dims, exponents, rest)
+                k_scales_at = k_scales_ptr + block * stride_ksb + offset * stride_kst + head * stride_ksh
+                tl.store(k_scales_at, exponents.to(tl.uint8), mask=head < K_HEADS)
+                exponents = scale_exponents(magnitude_bits(v))
+                write_e4m3(v, v_from, v_at, exponents, used)
+                v_scales_at = v_scales_ptr + block * stride_vsb + offset * stride_vst + head * stride_vsh
+                tl.store(v_scales_at, exponents.to(tl.uint8), mask=head < K_HEADS)
+            else:
+                tl.store(target + freqs[None, :], low.to(dtype), mask=mask)
+                tl.store(target + HALF + freqs[None, :], high.to(dtype), mask=mask)
+                if D > 2 * HALF:
+                    tl.store(target + dims, tl.load(source + dims, mask=rest).to(dtype), mask=rest)
+                tl.store(v_at, v.to(v_cache_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -188,7 +219,15 @@ def rope_pair_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rope_kv_write_(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    scales: Scales | None = None,
 ) -> None:
     """See `mm_core.kernels.rope_kv_write_`."""
     num_tokens, q_heads, head_size = q.shape
@@ -196,12 +235,14 @@ def rope_kv_write_(
         return
     half = cos.shape[1]
     block_q, warps = rope_launch(q_heads, half)
+    exponents, scale_strides = scale_arguments(scales, slot_mapping)
     early = can_start_early(q.device)
     rope_kv_write_kernel[(num_tokens, 1 + triton.cdiv(q_heads, block_q))](
-        q, k, v, cos, sin, k_cache, v_cache, slot_mapping,
+        q, k, v, cos, sin, k_cache, v_cache, *exponents, slot_mapping,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides,
         Q_HEADS=q_heads, K_HEADS=k.shape[1], D=head_size, HALF=half, BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_HALF=triton.next_power_of_2(half), BLOCK_Q=block_q, BLOCK_K=triton.next_power_of_2(k.shape[1]),
-        BLOCK_SIZE=k_cache.shape[1], EARLY=early, num_warps=warps, enable_fp_fusion=True, **launch_options(early),
+        BLOCK_SIZE=k_cache.shape[1], QUANTISED=scales is not None, EARLY=early, num_warps=warps,
+        enable_fp_fusion=True, **launch_options(early),
     )  # fmt: skip
