@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+# The browser that the page's tests drive; where it cannot be fetched, only they fail.
+BROWSER := .cache/browser/chromium-153.0.0/chromium
 PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
@@ -18,10 +20,10 @@ help:  ## this list
 demo: $(READY)  ## ask the small model that the project ships about a picture it has never seen
 	$(BIN)/python zoo/demo.py
 
-test: $(READY)  ## the tests that need neither a GPU nor the network
+test: $(READY) $(BROWSER)  ## the tests that need neither a GPU nor the network
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## the tests that take minutes
+test-slow: $(READY) $(BROWSER)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"
 
 lint: $(READY)  ## ruff, mypy --strict, and the layers of the architecture
@@ -48,6 +50,9 @@ $(READY): requirements-dev.txt constraints-dev.txt core/pyproject.toml $(wildcar
 	@echo "Installing the workspace into $(VENV) (some minutes the first time)"
 	$(PIP) install -c constraints-dev.txt -r requirements-dev.txt $(addprefix -e ,$(PACKAGES))
 	@touch $@
+
+$(BROWSER): tests/support/browser.py | $(READY)
+	-$(BIN)/python tests/support/browser.py
 
 $(DOCS_READY): $(READY) requirements-docs.txt
 	$(PIP) install -c constraints-dev.txt -r requirements-docs.txt

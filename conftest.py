@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -55,6 +56,24 @@ def _reason(longrepr: Any) -> str:
 def _two_threads() -> None:
     """Small tensors are slower on many threads, and results should not depend on the machine."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freeze() -> Generator[Callable[[], None]]:
+    """Gives `gc.freeze`. Engines do not freeze anything here, and above all they do not thaw what is frozen."""
+    freeze, unfreeze = gc.freeze, gc.unfreeze
+    gc.freeze = gc.unfreeze = lambda: None
+    yield freeze
+    gc.freeze, gc.unfreeze = freeze, unfreeze
+    unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported(_freeze: Callable[[], None]) -> None:
+    """Every engine's start looks for garbage: in all of torch and transformers too, for half of the time it takes,
+    were what is imported not put aside."""
+    gc.collect()
+    _freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,14 @@ import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 
 import mm_core
 from mm_core import KvCacheConfig, MMError, benchspecs, errors, hookspecs
 from mm_core.cli import main
+from mm_core.engine import cache
 from mm_core.plugins import PluginRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,6 +185,21 @@ def test_every_field_of_the_contract_is_documented(name):
     assert f"`{name}`" in page
     home = benchspecs if name.startswith("Bench") else hookspecs
     assert [f.name for f in dataclasses.fields(getattr(home, name)) if f"`{f.name}`" not in page] == []
+
+
+def test_every_call_of_the_cache_is_documented_and_its_types_can_be_imported():
+    page = (ROOT / "docs/cache-api.md").read_text(encoding="utf-8")
+    calls = {n: v for n, v in vars(cache.CacheControl).items() if inspect.isfunction(v) and not n.startswith("_")}
+    assert len(calls) >= 9
+    assert [name for name in calls if f"`{name}(" not in page] == []
+    assert calls.keys() <= vars(cache.AsyncCacheControl).keys()
+    listener = get_type_hints(cache.CacheControl.subscribe)["listener"]
+    told = {"lookup": "CacheLookup", "stats": "CacheStats", "pin": "Pinned", "evict": "Evicted", "clear": "Evicted"}
+    found = {name: get_type_hints(calls[name])["return"] for name in told}
+    found |= {"listener": get_args(listener)[0][0], "level": get_type_hints(cache.CacheStats)["host"]}
+    for name, wanted in {**told, "listener": "CacheEvent", "level": "LevelStats"}.items():
+        assert found[name] is getattr(mm_core if wanted in mm_core.__all__ else cache, wanted)
+        assert f"`{wanted}`" in page
 
 
 def error_classes() -> list[type[MMError]]:

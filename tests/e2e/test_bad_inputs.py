@@ -21,7 +21,7 @@ from support.pictures import frames, picture
 
 from mm_core import Engine, KvCacheConfig, TextPrompt
 from mm_core.errors import MMError, TooManyMediaError
-from mm_core.inputs import fetch
+from mm_core.media import decoder
 from mm_core.media import video as video_module
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -216,8 +216,8 @@ def test_i15_a_png_bomb_takes_no_memory(engine: Engine, canary: Canary) -> None:
 
 def test_i21_too_many_images_are_not_decoded(engine: Engine, canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    real = fetch.decode_image
-    monkeypatch.setattr(fetch, "decode_image", lambda *a: decoded.append(1) or real(*a))
+    real = decoder.decode_image
+    monkeypatch.setattr(decoder, "decode_image", lambda *a: decoded.append(1) or real(*a))
     many = [saved(picture(50 + i, 28, 28), "PNG") for i in range(64)]
     for count in (9, 64):
         prompt = TextPrompt(prompt=turn(IMAGE * count), multi_modal_data={"image": many[:count]})

@@ -30,7 +30,7 @@ from support.pictures import frames, picture
 
 from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
 from mm_core.engine.messages import EvictItems
-from mm_core.errors import CacheFullError, EngineError, MediaNotCachedError
+from mm_core.errors import CacheFullError, MediaNotCachedError
 from mm_core.inputs import ChatPrompt
 
 
@@ -229,28 +229,58 @@ def test_no_more_than_half_of_a_cache_is_pinned_and_nothing_by_half(tiny_path: P
         check(engine)
 
 
-def test_a_request_that_pins_leave_no_room_for_is_told_so(tiny_path: Path) -> None:
-    with start(tiny_path, num_blocks=24) as engine:
+@pytest.mark.parametrize("tiers", [{}, {"host_cache_size": 2**22}], ids=["device", "host"])
+def test_pins_yield_the_blocks_that_a_request_could_not_run_without(
+    tiny_path: Path, truth: Callable[[Any], tuple[int, ...]], tiers: dict[str, Any]
+) -> None:
+    """One that fits beside what is pinned costs no pin; one that lacks a few blocks takes these, from the end."""
+    with start(tiny_path, num_blocks=24, tiers=tiers) as engine:
         engine.cache.warm(shot(1), "a", pin=True)
+        answer(engine, turn(uuid="a"))  # its last block, which ends with text, joins
         pinned = engine.cache.stats().device.pinned
-        assert pinned > 64
-        words = TextPrompt(prompt_token_ids=list(range(20, 20 + 24 * BLOCK - pinned)))
-        with pytest.raises(EngineError, match="unpin"):
-            engine.generate(words, SamplingParams(max_tokens=4))
-        engine.cache.unpin("a")
-        assert engine.generate(words, SamplingParams(max_tokens=4, ignore_eos=True))[0].usage.completion_tokens == 4
+        assert pinned > ROWS
+        free, tokens = 24 * BLOCK - pinned, len(truth("a b c"))
+
+        def words(count: int) -> TextPrompt:
+            return TextPrompt(prompt_token_ids=[20 + (7 * i + count) % 200 for i in range(count)])
+
+        for lacking in (0, 1, 3, pinned // BLOCK):
+            prompt = words(free + lacking * BLOCK - tokens)
+            assert answer(engine, prompt).token_ids == truth(prompt)
+            left = pinned - lacking * BLOCK
+            assert engine.cache.stats().device.pinned == left
+            found = engine.cache.lookup(turn(shot(1), "a"))
+            assert found.device_tokens == min(left, found.prompt_tokens - 1)
+            kept = max((found.prompt_tokens - 1) // BLOCK * BLOCK - left, 0) if tiers else 0
+            assert found.host_tokens == kept
+            assert answer(engine, turn(uuid="a")).token_ids == truth(turn(shot(1))), "the name is pinned all the same"
+            assert engine.cache.stats().device.pinned == pinned, "and so is what is computed from it again"
         check(engine)
 
 
-def test_a_picture_that_pinned_rows_leave_no_room_for_is_told_so(tiny_path: Path) -> None:
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside-others"])
+def test_pinned_rows_yield_to_a_picture_that_they_leave_no_room_for(
+    tiny_path: Path, truth: Callable[[Any], tuple[int, ...]], alone: bool
+) -> None:
+    """The oldest of them, and no more than that picture lacks; it does not wait until nobody else runs."""
     with start(tiny_path, encoder_cache_tokens=ROWS + 32) as engine:
         for number in range(3):
             assert engine.cache.warm(picture(number), f"p{number}", pin=True).media_tokens == 12
-        with pytest.raises(EngineError, match="unpin"):
-            answer(engine, turn(shot(1)))
-        assert answer(engine, turn(uuid="p0")).usage.encoded_media_tokens == 0
-        engine.cache.unpin("p0")
-        assert answer(engine, turn(shot(1))).usage.encoded_media_tokens == ROWS
+        assert answer(engine, turn(picture(9))).usage.encoded_media_tokens == 12, "there is room beside them"
+        assert engine.cache.stats().encoder.pinned == 36
+        beside = None if alone else engine.stream(TEXT, SamplingParams(max_tokens=400, ignore_eos=True))
+        if beside is not None:
+            next(beside)
+        output = answer(engine, turn(shot(1)))
+        assert beside is None or engine.stats()["running"] == 1, "the other still runs"
+        assert (output.usage.encoded_media_tokens, output.token_ids) == (ROWS, truth(turn(shot(1))))
+        assert engine.cache.stats().encoder.pinned == 24
+        for number, encoded in ((1, 0), (2, 0), (0, 12)):
+            output = answer(engine, ask(uuid=f"p{number}"))
+            assert (output.usage.encoded_media_tokens, output.token_ids) == (encoded, truth(ask(picture(number))))
+        assert engine.cache.stats().encoder.pinned == 36, "encoded again, it is pinned again"
+        if beside is not None:
+            beside.close()
         check(engine)
 
 

@@ -25,6 +25,7 @@ from mm_core.runner.rehearsal import noise_features
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 SIZES = {"max_num_seqs": 3, "max_num_batched_tokens": 512, "encoder_cache_tokens": 4096, "encoder_budget": 2000}
+FREE = 2**30  # bytes of the GPU's memory, weights taken off
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,6 +46,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(runner, "reserve_pinned", lambda: None)
@@ -98,9 +100,13 @@ def test_every_step_of_the_warm_up_runs(
 
 def test_a_full_step_is_measured(engine: Engine, cuda: None) -> None:
     model = model_of(engine)
-    config = EngineConfig(**{**SIZES, "max_num_batched_tokens": 2048})
+    sizes = {**SIZES, "max_num_batched_tokens": 2048}
+    config = EngineConfig(**sizes)
     kept = config.encoder_cache_tokens * model.encoder.hidden_size * 4
-    assert loading._measure(model, config) == kept + loading.GRAPH_BYTES
+    needed = kept + loading.GRAPH_BYTES
+    assert loading._measure(model, config) == needed
+    behind = EngineConfig(**sizes, kv_cache_config=KvCacheConfig(host_cache_size=2**20))
+    assert loading._measure(model, behind) == needed + (FREE - needed) // 8, "staging for host memory, a 16th each way"
 
 
 def test_the_largest_steps_run_and_graphs_answer_as_steps_do(

@@ -206,10 +206,10 @@ def test_only_so_many_requests_hold_prepared_media(path: Path, monkeypatch: pyte
         frontend, most = engine._frontend, 0
         submit = frontend.pipeline.submit
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
             nonlocal most
             most = max(most, sum(live.ask is None for live in frontend._live.values()))
-            return submit(*args)
+            return submit(*args, **options)
 
         monkeypatch.setattr(frontend.pipeline, "submit", counted)
         prompts = [TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(i, 60, 60)}) for i in range(20)]
@@ -262,7 +262,7 @@ def test_aborts_do_not_let_more_preparations_begin(path: Path, monkeypatch: pyte
         frontend, go, ended, begun = engine._frontend, threading.Event(), [], []
         prepare, submit = frontend.model.processor.prepare, frontend.pipeline.submit
         monkeypatch.setattr(frontend.model.processor, "prepare", lambda *a: (go.wait(20), prepare(*a))[1])
-        monkeypatch.setattr(frontend.pipeline, "submit", lambda *a: (begun.append(a[0]), submit(*a))[1])
+        monkeypatch.setattr(frontend.pipeline, "submit", lambda *a, **o: (begun.append(a[0]), submit(*a, **o))[1])
         for i in range(40):
             prompt = TextPrompt(prompt=IMAGE, multi_modal_data={"image": picture(i, 60, 60)})
             request = frontend.add(prompt, GREEDY, ended.append)

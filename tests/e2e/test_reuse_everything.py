@@ -237,7 +237,7 @@ def check(totals: collections.Counter[str]) -> None:
 
 def test_a_few_of_everything(tmp_path: Path) -> None:
     totals: collections.Counter[str] = collections.Counter()
-    for name, size, phases in (("pictures", 10, 4), ("sounds", 6, 4), ("speech", 4, 2)):
+    for name, size, phases in (("pictures", 8, 4), ("sounds", 6, 2), ("speech", 4, 2)):
         totals.update(everything(tmp_path, name, 2, size, 1, phases))
     check(totals)
 

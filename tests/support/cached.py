@@ -33,8 +33,8 @@ def turn(item: Any = None, uuid: str | None = None, text: str = "What is this?",
     return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
 
 
-def start(path: Path, num_blocks: int = 256, **options: Any) -> Engine:
-    kv = KvCacheConfig(num_blocks=num_blocks)
+def start(path: Path, num_blocks: int = 256, tiers: dict[str, Any] | None = None, **options: Any) -> Engine:
+    kv = KvCacheConfig(num_blocks=num_blocks, **tiers or {})
     return Engine.from_pretrained(path, kv_cache_config=kv, show_progress=False, **options)
 
 

@@ -108,6 +108,7 @@ class _Rows(dict[bytes, list[int]]):
     """Places of items' rows in the slab."""
 
     calls = 0
+    clock = SimpleNamespace(seconds=lambda: 0.0)
 
 
 class FakeRunner:
@@ -353,7 +354,7 @@ class World:
 
         def checked(*args: Any) -> Any:
             done = real(*args)
-            self.scheduler.check_integrity()
+            self.check()
             if name == "update":
                 assert all(event.token_id != POISONED_TOKEN for event in done), "a poisoned token came out"
             if isinstance(done, ScheduledBatch):
@@ -361,6 +362,11 @@ class World:
             return done
 
         setattr(self.scheduler, name, checked)
+
+    def check(self) -> None:
+        """Whether the books balance."""
+        self.scheduler.check_integrity()
+        self.core.keeper.check_integrity()
 
     def add(self, request: PreparedRequest) -> list[Sequence]:
         before = len(self.scheduler.waiting)

@@ -43,11 +43,10 @@ def _llava(**settings: Any) -> Callable[[Path], Path]:
     return make
 
 
-def _vila(**settings: Any) -> Callable[[Path], Path]:
+def _vila(config: str, **settings: Any) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         module = import_module("support.tiny_vila")
-        config = getattr(module, settings.pop("config"))
-        return module.Tiny(config, **settings).write(path)
+        return module.Tiny(getattr(module, config), **settings).write(path)
 
     return make
 

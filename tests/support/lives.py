@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
 
 from mm_core.config import SamplingParams
-from mm_core.engine.messages import Abort, ClearCache
+from mm_core.engine.messages import Abort, ClearCache, PinItem, UnpinItem
+from mm_core.errors import CacheFullError
 from mm_core.scheduler import Sequence
 from support.fake_model import World, random_faults
 from support.fake_requests import expected_tokens, feature, make_request, make_source
 
-MEDIA = [feature("a", 3), feature("b", 6), feature("c", 9), feature("d", 2, cost=100)]
+MEDIA = [
+    replace(item, uuid=item.key.decode())
+    for item in (feature("a", 3), feature("b", 6), feature("c", 9), feature("d", 2, cost=100))
+]
 PARTS = st.lists(st.one_of(st.sampled_from(MEDIA), st.integers(8, 11)), min_size=1, max_size=14)
 TEXT = st.lists(st.integers(8, 9), min_size=1, max_size=9)
 SOURCES = [make_source(p) for p in ([MEDIA[0]], [MEDIA[1], MEDIA[0]], [MEDIA[2]], [8, MEDIA[1], 9], [8, 9, 8, 9, 10])]
@@ -24,6 +29,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("clear")),
+        st.tuples(st.sampled_from(["pin", "unpin"]), st.sampled_from(MEDIA)),
     ),
     min_size=3,
     max_size=30,
@@ -70,6 +76,11 @@ def live(actions: list[tuple], faults: int | None, **settings: Any) -> World:
         elif name == "step":
             for _ in range(values[0]):
                 world.step()
+        elif name in ("pin", "unpin"):
+            kind = PinItem if name == "pin" else UnpinItem
+            error = world.core.keeper.answer(kind(0, values[0].uuid, None)).error
+            assert error is None or isinstance(error, CacheFullError)
+            world.check()
         elif name == "clear":
             world.core.handle(ClearCache())
             world.scheduler.check_integrity()
@@ -82,6 +93,8 @@ def live(actions: list[tuple], faults: int | None, **settings: Any) -> World:
             world.scheduler.check_integrity()
             aborted.add(seq.request.request_id)
     world.run()
+    for item in MEDIA:
+        world.core.keeper.answer(UnpinItem(0, item.uuid, None))
     for seq in world.sequences:
         wanted, request_id = lone_answer(seq), seq.request.request_id
         if request_id in world.errors or request_id in aborted:

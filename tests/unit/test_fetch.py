@@ -15,9 +15,8 @@ from PIL import Image
 
 from mm_core.errors import MediaDecodeError, MediaError, MediaTooLargeError, UnsupportedMediaError
 from mm_core.hashing import get_hasher
-from mm_core.inputs import fetch
 from mm_core.inputs.fetch import Fetcher, require_modality
-from mm_core.media import MediaLimits, VideoSampling, load_audio
+from mm_core.media import MediaLimits, VideoSampling, decoder, load_audio
 from mm_core.media.encoded import decode_data_url
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -54,8 +53,8 @@ def test_every_form_has_the_same_digest(fetcher: Fetcher, tmp_path: Path) -> Non
 
 def test_known_bytes_are_not_decoded_again(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = fetch.decode_image
-    monkeypatch.setattr(fetch, "decode_image", lambda *a: calls.append(1) or real(*a))
+    real = decoder.decode_image
+    monkeypatch.setattr(decoder, "decode_image", lambda *a: calls.append(1) or real(*a))
     first = fetcher.fetch("image", encoded("PNG"))
     again = fetcher.fetch("image", encoded("PNG"))
     assert len(calls) == 1
@@ -101,14 +100,15 @@ BODY = base64.b64encode(b"12345678901").decode()
 )  # fmt: skip
 def test_data_urls_are_strict(url: str) -> None:
     with pytest.raises(MediaDecodeError) as caught:
-        decode_data_url(url, "image", 1000)
+        decode_data_url(url, "image", MediaLimits(max_encoded_bytes=1000))
     assert caught.value.code == "invalid_image"
 
 
 def test_data_urls_are_bounded() -> None:
-    assert decode_data_url(f"data:image/png;base64,{BODY}", "image", 11) == b"12345678901"
+    eleven = MediaLimits(max_encoded_bytes=11)
+    assert decode_data_url(f"data:image/png;base64,{BODY}", "image", eleven) == b"12345678901"
     with pytest.raises(MediaTooLargeError):
-        decode_data_url("data:image/png;base64," + "!" * 10_000, "image", 1000)
+        decode_data_url("data:image/png;base64," + "!" * 10_000, "image", MediaLimits(max_encoded_bytes=1000))
 
 
 def test_other_values(fetcher: Fetcher) -> None:
@@ -144,7 +144,7 @@ def test_video_aliases_know_the_sampling(fetcher: Fetcher, monkeypatch: pytest.M
     def decode(data: bytes, sampling: VideoSampling, limits: MediaLimits):
         return frames_to_video(frames[: sampling.num_frames], 4.0, VideoSampling())
 
-    monkeypatch.setattr(fetch, "decode_video", decode)
+    monkeypatch.setattr(decoder, "decode_video", decode)
     two, four = (fetcher.fetch("video", b"bytes", VideoSampling(num_frames=n)) for n in (2, 4))
     assert two.item.digest != four.item.digest
     assert fetcher.fetch("video", b"bytes", VideoSampling(num_frames=2)).item.digest == two.item.digest
@@ -199,9 +199,9 @@ def test_every_form_of_a_sound_has_the_same_digest(fetcher: Fetcher, tmp_path: P
 
 def test_the_digest_and_the_alias_know_the_rate(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int | None] = []
-    real = fetch.decode_audio
+    real = decoder.decode_audio
     monkeypatch.setattr(
-        fetch, "decode_audio", lambda data, rate, limits: calls.append(rate) or real(data, rate, limits)
+        decoder, "decode_audio", lambda data, rate, limits: calls.append(rate) or real(data, rate, limits)
     )
     file = wav(SOUND)
     found = {rate: fetcher.fetch("audio", file, sampling_rate=rate).item for rate in (None, 8000, 16000, 8000, None)}
@@ -238,3 +238,41 @@ def test_what_the_caller_writes_later_changes_nothing(fetcher: Fetcher) -> None:
     frames[:], samples[:] = 7, 1
     assert np.array_equal(video.load().data, np.stack([PIXELS, PIXELS]))
     assert not audio.load().data.any()
+
+
+def test_frames_encoded_one_by_one(fetcher: Fetcher) -> None:
+    """As a list, and as a `data:video/jpeg` URL: the same frames, counted before any is decoded."""
+    frames = [encoded("PNG"), encoded("BMP")]
+    url = "data:video/jpeg;base64," + ",".join(base64.b64encode(frame).decode() for frame in frames)
+    items = [fetcher.fetch("video", value).item for value in (frames, tuple(frames), url, [IMAGE, IMAGE])]
+    assert len({item.digest for item in items}) == 1
+    assert items[0].data.shape == (2, 12, 20, 3)
+    timed = fetcher.fetch("video", {"frames": frames, "fps": 2.0}).item
+    assert timed.info["times"] == (0.0, 0.5)
+    with pytest.raises(MediaDecodeError) as caught:
+        fetcher.fetch("video", [frames[0], frames[0][:50]])
+    assert caught.value.code == "invalid_video"
+    with pytest.raises(UnsupportedMediaError, match="all encoded"):
+        fetcher.fetch("video", [frames[0], IMAGE])
+
+
+def test_frames_are_counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Fetcher(get_hasher("xxh3_128"), MediaLimits(max_video_frames=3, max_video_pixels=700))
+    decoded: list[int] = []
+    real = decoder.decode_image
+    monkeypatch.setattr(decoder, "decode_image", lambda *a: decoded.append(1) or real(*a))
+    with pytest.raises(MediaTooLargeError, match="1000000 frames"):
+        few.fetch("video", "data:video/jpeg;base64," + "," * 999_999)
+    assert decoded == []
+    with pytest.raises(MediaTooLargeError, match="4 frames"):
+        few.fetch("video", [encoded("PNG")] * 4)
+    assert len(decoded) <= 1
+    buffer = io.BytesIO()
+    IMAGE.resize((30, 30)).save(buffer, "PNG")
+    decoded.clear()
+    with pytest.raises(MediaDecodeError, match="one size"):
+        few.fetch("video", [encoded("PNG"), buffer.getvalue()])
+    assert len(decoded) == 2
+    with pytest.raises(MediaTooLargeError, match="pixels"):
+        few.fetch("video", [encoded("PNG")] * 3)  # of 240 each
+    assert len(decoded) == 3  # two of them above

@@ -43,8 +43,10 @@ def test_families_are_told_without_torch():
 
 def test_public_names():
     assert mm_core.__all__ == [
-        "AsyncEngine", "BatchError", "CompletionOutput", "Engine", "EngineConfig", "KvCacheConfig", "MMError",
-        "RequestOutput", "SamplingParams", "TextPrompt", "__version__", "hookimpl",
+        "AsyncEngine", "BatchError", "CacheEvent", "CacheLookup", "CacheStats", "CompletionOutput", "Engine",
+        "EngineConfig", "KvCacheConfig", "LevelStats", "MMError", "RequestOutput", "SamplingParams",
+        "StructuredOutput", "TextPrompt",
+        "__version__", "hookimpl",
     ]  # fmt: skip
     for name in mm_core.__all__:
         assert getattr(mm_core, name) is not None

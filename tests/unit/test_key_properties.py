@@ -28,9 +28,9 @@ from support.stub_plugin import ask as ask_stub
 from mm_core.config import EngineConfig
 from mm_core.hashing import ROOT, HashAlgorithm, block_key, encode_fields, get_hasher, media_key, source_key
 from mm_core.hookspecs import MediaRequest
-from mm_core.inputs import InputPipeline, fetch
+from mm_core.inputs import InputPipeline
 from mm_core.inputs.fetch import Fetcher
-from mm_core.media import MediaLimits, VideoSampling
+from mm_core.media import MediaLimits, VideoSampling, decoder
 from mm_core.types import MediaItem, Modality
 
 LENGTHS = {"xxh3_128": 16, "sha256": 32}
@@ -459,8 +459,8 @@ def encoded_items() -> list[tuple[Modality, bytes, str]]:
 @pytest.mark.parametrize("index", range(3), ids=["image", "video", "audio"])
 def test_bytes_seen_before_are_not_decoded_again(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     modality, data, name = encoded_items()[index]
-    decode, calls = getattr(fetch, name), []
-    monkeypatch.setattr(fetch, name, lambda *given: calls.append(1) or decode(*given))
+    decode, calls = getattr(decoder, name), []
+    monkeypatch.setattr(decoder, name, lambda *given: calls.append(1) or decode(*given))
     fetcher = Fetcher(get_hasher("xxh3_128"), MediaLimits())
     first = fetcher.fetch(modality, data).item
     again = fetcher.fetch(modality, bytes(bytearray(data)))

@@ -127,7 +127,7 @@ def test_sixteen_bits_and_channels_equal_the_standard_library() -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(np.stack([NOISE, NOISE[::-1]], axis=1), subtype="FLOAT", rate=44100)
     whole = decode_audio(data, RATE).samples
-    monkeypatch.setattr("mm_core.media.audio._BLOCK_FRAMES", 997)
+    monkeypatch.setattr("mm_core.media.audio._BLOCK_SAMPLES", 997)
     assert np.array_equal(decode_audio(data, RATE).samples, whole)
     assert np.array_equal(whole, samples_to_audio(np.stack([NOISE, NOISE[::-1]]), 44100, RATE).samples)
 
@@ -195,7 +195,7 @@ def test_bad_files() -> None:
 
 def test_a_flac_that_does_not_say_how_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written to a pipe, its header has 0 samples, which is unknown."""
-    monkeypatch.setattr("mm_core.media.audio._BLOCK_FRAMES", 5000)
+    monkeypatch.setattr("mm_core.media.audio._BLOCK_SAMPLES", 5000)
     whole = bytearray(encoded(kind="FLAC"))
     whole[21] &= 0xF0  # STREAMINFO's 36 bits of the number of samples
     whole[22:26] = bytes(4)
@@ -240,7 +240,7 @@ def test_length_is_bounded_before_and_while_decoding(monkeypatch: pytest.MonkeyP
 
 def test_a_header_that_lies_low_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes is counted, whatever was announced."""
-    monkeypatch.setattr("mm_core.media.audio._BLOCK_FRAMES", 1000)
+    monkeypatch.setattr("mm_core.media.audio._BLOCK_SAMPLES", 1000)
     reads: list[int] = []
     real = soundfile.SoundFile.read
 
@@ -319,3 +319,31 @@ def test_errors_are_of_the_tree() -> None:
     assert issubclass(MediaDecodeError, MediaError)
     with pytest.raises(UnsupportedMediaError, match="WAV, FLAC, Ogg, MP3"):
         decode_audio(b"GIF89a" + bytes(20))
+
+
+def test_many_channels_are_refused_before_a_block_is_read() -> None:
+    """A block is of so many samples, whatever the channels: 64 take no more memory than one."""
+    few = np.zeros((1000, 64), np.float32)
+    assert len(decode_audio(encoded(few)).samples) == 1000
+    error = refuse("invalid_audio", encoded(np.zeros((10, 65), np.float32)))
+    assert "65 channels" in str(error)
+
+
+def test_seconds_are_bounded() -> None:
+    limits = MediaLimits(max_audio_seconds=1.0)
+    assert len(decode_audio(encoded(), limits=limits).samples) == RATE
+    for data in (encoded(NOISE), encoded(NOISE, "FLAC"), encoded(NOISE, "OGG")):
+        error = refuse("audio_too_long", data, limits=limits)
+        assert "limit is 1 s" in str(error)
+    refuse("audio_too_long", (NOISE, RATE), limits=limits)
+    assert len(samples_to_audio(NOISE, 2 * RATE, limits=limits).samples) == len(NOISE)
+
+
+def test_silence_is_refused_without_being_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes in a few kB: the header says how long it is."""
+    for kind in ("FLAC", "OGG"):
+        bomb = encoded(np.zeros(600 * RATE, np.float32), kind, "OPUS" if kind == "OGG" else "PCM_16")
+        assert len(bomb) < 200_000
+        monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: pytest.fail("decoded"))
+        refuse("audio_too_long", bomb, limits=MediaLimits(max_audio_seconds=60.0))
+        monkeypatch.undo()

@@ -206,3 +206,36 @@ def test_bad_frames() -> None:
     for frames, fps, error in cases:
         with pytest.raises(error):
             frames_to_video(frames, fps, VideoSampling())
+
+
+def test_a_resolution_that_changes_on_the_way() -> None:
+    """A second film's packets behind the first one's, in one stream: each key frame brings its own size."""
+    av = pytest.importorskip("av")
+    joined, count = io.BytesIO(), 0
+    with av.open(joined, "w", format="avi") as out:
+        stream = None
+        for size in ((64, 48), (96, 80)):
+            with av.open(io.BytesIO(clip(5, "avi", size))) as source:
+                stream = stream or out.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.stream, packet.pts, packet.dts, count = stream, count, count, count + 1
+                        out.mux(packet)
+    for sampling in (VideoSampling(fps=None), VideoSampling(num_frames=4)):
+        with pytest.raises(MediaDecodeError, match="resolution") as caught:
+            decode_video(joined.getvalue(), sampling)
+        assert caught.value.code == "invalid_video"
+
+
+@pytest.mark.parametrize("rate", [0, 1, 0xFFFFFFFF])
+def test_rates_that_a_header_invents(rate: int) -> None:
+    """AVI: rate over scale, in the stream's header. Whatever it says, as many frames are kept as may be, or none."""
+    data = bytearray(clip(12, "avi"))
+    head = data.index(b"strh") + 8
+    data[head + 24 : head + 28] = rate.to_bytes(4, "little")
+    try:
+        video = decode_video(bytes(data), VideoSampling(fps=2.0, max_frames=8))
+    except MediaDecodeError as error:
+        assert error.code == "invalid_video"  # noqa: PT017
+    else:
+        assert 1 <= len(video.frames) <= 8

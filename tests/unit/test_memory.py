@@ -184,7 +184,7 @@ def _raise_full(*args, **kwargs):
 @pytest.mark.parametrize(
     ("where", "settings"),
     [
-        ((loading, "_call"), ("smaller dtype",)),
+        ((loading, "call"), ("smaller dtype",)),
         ((loading, "_fill"), ("smaller dtype",)),
         ((loading, "count_blocks"), ("max_num_batched_tokens", "encoder_budget", "encoder_cache_tokens")),
         ((loading, "KVCache"), ("free_gpu_memory_fraction", "num_blocks", "cpu_cache_size")),
@@ -193,8 +193,8 @@ def _raise_full(*args, **kwargs):
 )
 def test_out_of_memory_names_the_setting_at_each_stage(monkeypatch, path, where, settings):
     owner, name = where
-    if name == "_call":  # the hook that builds the encoder; the others build nothing large
-        real = loading._call
+    if name == "call":  # the hook that builds the encoder; the others build nothing large
+        real = loading.call
         full = functools.partial(_raise_full)
         monkeypatch.setattr(loading, name, lambda *a, **k: full() if a[1] == "mm_encoder" else real(*a, **k))
     else:

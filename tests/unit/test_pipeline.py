@@ -23,12 +23,14 @@ from mm_core.errors import (
     InvalidPromptError,
     MediaDecodeError,
     MediaNotCachedError,
+    MediaTooLargeError,
     MMError,
     PluginError,
     TooManyMediaError,
     UnsupportedMediaError,
 )
 from mm_core.inputs import ChatPrompt, InputPipeline, eos_token_ids, fetch
+from mm_core.media import decoder
 from mm_core.types import PreparedRequest, TextPrompt
 
 Make = Callable[..., InputPipeline]
@@ -81,7 +83,7 @@ def test_features_are_cached(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     keys = {key_of(run(pipeline, ask(value))) for value in (image, png(image), png(image), image)}
     assert len(keys) == 1
     assert len(pipeline.processor.prepared) == 1
-    monkeypatch.setattr(fetch, "decode_image", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoder, "decode_image", lambda *a: pytest.fail("decoded again"))
     run(pipeline, ask(png(image)))
     stats = pipeline.stats()
     assert (stats.hits, stats.misses, stats.entries, stats.nbytes) == (4, 1, 1, 8 * 20 * 3)
@@ -148,6 +150,20 @@ def test_plugin_failures_name_the_plugin(make: Make) -> None:
     with pytest.raises(PluginError, match=r"'stub' failed in prepare\(\) with ZeroDivisionError") as caught:
         run(pipeline, ask(picture()))
     assert "secret" not in str(caught.value)
+
+
+def test_what_a_request_takes_decoded_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small it was before; nothing is decoded any more once the bound is met."""
+    decoded: list[int] = []
+    real = decoder.decode_image
+    monkeypatch.setattr(decoder, "decode_image", lambda *a: decoded.append(1) or real(*a))
+    pipeline = make(max_decoded_bytes=4 * 20 * 20 * 4, preprocess_threads=1)
+    pictures = [png(Image.new("RGB", (20, 20), (seed, 0, 0))) for seed in range(12)]
+    with pytest.raises(MediaTooLargeError, match="once they are decoded"):
+        run(pipeline, ask(pictures))
+    assert len(decoded) == 5
+    assert len(run(pipeline, ask(pictures[:4])).ranges) == 4
+    assert len(run(pipeline, ask(pictures[:5])).ranges) == 5  # these were seen before
 
 
 def test_limits_come_before_decoding(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

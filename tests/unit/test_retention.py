@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from support.fake_model import World
-from support.fake_requests import feature, make_request
+from support.fake_model import Tiers, World
+from support.fake_requests import expected_tokens, feature, make_request
 
 from mm_core.cache.blocks import BlockPool
 from mm_core.cache.encoder import EncoderCache
 from mm_core.cache.prefix import BlockContent, MediaTag, PrefixCache
+from mm_core.cache.tags import Name
+from mm_core.config import SamplingParams
 from mm_core.hashing import ROOT
 from mm_core.scheduler.costs import CostModel
 from mm_core.scheduler.policy import (
@@ -288,6 +291,84 @@ def test_pins() -> None:
     assert pool.counts() == {"free": 1, "cached": 0, "in_use": 3, "pending": 0, "pinned": 0}
     with pytest.raises(RuntimeError, match="nothing findable"):
         pool.pin(table[0])
+
+
+def test_pinned_blocks_that_yield_are_ends_of_chains_and_not_the_spared() -> None:
+    pool, prefix = pool_of(8)
+    first, second = contents_of(4, "a"), contents_of(3, "b")
+    tables = [compute(pool, prefix, contents) for contents in (first, second)]
+    for block in (*tables[0], *tables[1]):
+        pool.pin(block)
+    pool.share(tables[0][:1])  # in use
+    assert pool.surrender(2, tables[1]) == 2
+    assert (len(prefix.lookup(first)), len(prefix.lookup(second))) == (2, 3)
+    pool.check_integrity([tables[0][:1]])
+    assert pool.surrender(9, tables[1][:2]) == 2
+    assert (len(prefix.lookup(first)), len(prefix.lookup(second))) == (1, 2)
+    assert pool.surrender(9, tables[1]) == 0
+    assert pool.surrender(9) == 2
+    assert pool.counts() == {"free": 7, "cached": 0, "in_use": 1, "pending": 0, "pinned": 0}
+    pool.free(tables[0][:1])
+    assert pool.counts()["pinned"] == 1, "who uses a pinned block does not lose it"
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlap"])
+@pytest.mark.parametrize("tiers", [None, Tiers(8)], ids=["device", "host"])
+def test_a_prompt_that_lacks_blocks_takes_pinned_ones_of_others(overlap: bool, tiers: Tiers | None) -> None:
+    """A prompt of one chunk, which begins as a pinned one."""
+    world = World(num_blocks=8, max_tokens=64, overlap=overlap, tiers=tiers)
+    items = [replace(feature(name, 7), uuid=name) for name in "ab"]
+    pins, names = world.core.keeper.pins, [Name(None, name) for name in "ab"]
+    for item, name in zip(items, names, strict=True):
+        world.add(make_request(item.key.decode(), [8, item]))
+        world.run()
+        assert pins.pin(name)[0] == 2
+    once = SamplingParams(max_tokens=1, temperature=0)
+    (seq,) = world.add(make_request("large", [8, items[0], *range(10, 29)], once))
+    world.run()
+    assert seq.output_token_ids == expected_tokens(seq.request, 1)
+    assert (seq.num_cached_tokens, world.scheduler.stats.preemptions) == (8, 0)
+    assert [len(pins.index.touching(name)) for name in names] == [2, 1]
+    assert pins.num_blocks == 3
+    (seq,) = world.add(make_request("all", range(10, 38)))
+    world.run()
+    assert seq.output_token_ids == expected_tokens(seq.request, 4)
+    assert pins.num_blocks == 0
+    world.add(make_request("again", [8, items[0]]))
+    world.run()
+    assert pins.num_blocks == 2, "the name is pinned all the same"
+    assert not world.errors
+
+
+def test_pinned_rows_yield_to_an_item_that_would_wait_for_ever() -> None:
+    """Also while others run all the time, and keep none that have room beside what is pinned from running."""
+    world = World(num_blocks=64, encoder_rows=20, reuse=False)
+    items = {name: replace(feature(name, rows), uuid=name) for name, rows in (("a", 5), ("b", 5), ("c", 9), ("d", 13))}
+    pins, rows = world.core.keeper.pins, world.scheduler.encoder_cache
+    for name in "ab":
+        world.add(make_request(name, [8, items[name]]))
+        world.run()
+        assert pins.pin(Name(None, name))[1] == 5
+    world.add(make_request("c", [8, items["c"]]))
+    world.run()
+    assert pins.num_rows == 10, "there was room beside them"
+    world.add(make_request("d", [8, items["d"]]))
+    for number in range(20):  # somebody runs in each of the steps
+        world.add(make_request(f"t{number}", [8, 9], SamplingParams(max_tokens=6, temperature=0)))
+        world.step()
+        assert world.core.has_work
+    assert "d" not in world.core.request_ids
+    assert (pins.num_rows, b"b" in rows) == (5, True), "the oldest went, and no more"
+    world.run()
+    assert world.runner.encoded == [b"a", b"b", b"c", b"d"]
+    world.add(make_request("again", [8, items["a"]]))
+    world.run()
+    assert pins.num_rows == 10, "the name is pinned all the same"
+    assert pins.pin(Name(None, "a"))[1] == 5
+    for name in "ab":
+        assert pins.unpin(Name(None, name))
+    assert rows.room == rows.capacity
+    assert not world.errors
 
 
 def test_encoder_rows_go_by_the_policy_and_observers_are_told() -> None:

@@ -164,8 +164,15 @@ def crowded(directory: Path) -> Any:
 
 
 def unchunked(directory: Path) -> Any:
-    """Takes every chunk of a prompt for its beginning."""
-    return upset_when(lambda lengths, starts: bool(((lengths > 1) & (starts % 16 != 0)).any()))
+    """Loses a prompt between two of its chunks; a prefix that comes from the cache, whole blocks or not, it keeps."""
+    ended: list[int] = []  # where the chunks of the step before did
+
+    def goes_on(lengths: np.ndarray, starts: np.ndarray) -> bool:
+        again = bool(((lengths > 1) & np.isin(starts, ended)).any())
+        ended[:] = (starts + lengths)[lengths > 1]
+        return again
+
+    return upset_when(goes_on)
 
 
 def unquantised(directory: Path) -> Any:

@@ -465,6 +465,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("step"), st.integers(1, 9)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.sampled_from(["clear", "forget", "step"]), st.integers(10, 30)),
+        st.tuples(st.sampled_from(["pin", "unpin"]), st.sampled_from(MEDIA)),
     ),
     min_size=6,
     max_size=40,

@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mm_core.config import EngineConfig, KvCacheConfig, SamplingParams
+    from mm_core.config import EngineConfig, KvCacheConfig, SamplingParams, StructuredOutput
     from mm_core.engine.async_engine import AsyncEngine
+    from mm_core.engine.cache import CacheStats
     from mm_core.engine.engine import Engine
+    from mm_core.engine.messages import LevelStats
     from mm_core.errors import BatchError, MMError
     from mm_core.hookspecs import hookimpl
-    from mm_core.types import CompletionOutput, RequestOutput, TextPrompt
+    from mm_core.types import CacheEvent, CacheLookup, CompletionOutput, RequestOutput, TextPrompt
 
 _HOMES = {
-    "AsyncEngine": "engine.async_engine", "BatchError": "errors", "CompletionOutput": "types",
-    "Engine": "engine.engine", "EngineConfig": "config", "KvCacheConfig": "config", "MMError": "errors",
-    "RequestOutput": "types", "SamplingParams": "config", "TextPrompt": "types", "hookimpl": "hookspecs",
+    "AsyncEngine": "engine.async_engine", "BatchError": "errors", "CacheEvent": "types", "CacheLookup": "types",
+    "CacheStats": "engine.cache", "CompletionOutput": "types", "Engine": "engine.engine", "EngineConfig": "config",
+    "KvCacheConfig": "config", "LevelStats": "engine.messages", "MMError": "errors", "RequestOutput": "types",
+    "SamplingParams": "config", "StructuredOutput": "config", "TextPrompt": "types", "hookimpl": "hookspecs",
 }  # fmt: skip
 __all__ = [
-    "AsyncEngine", "BatchError", "CompletionOutput", "Engine", "EngineConfig", "KvCacheConfig", "MMError",
-    "RequestOutput", "SamplingParams", "TextPrompt", "__version__", "hookimpl",
+    "AsyncEngine", "BatchError", "CacheEvent", "CacheLookup", "CacheStats", "CompletionOutput", "Engine",
+    "EngineConfig", "KvCacheConfig", "LevelStats", "MMError", "RequestOutput", "SamplingParams", "StructuredOutput",
+    "TextPrompt", "__version__", "hookimpl",
 ]  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mm_core.errors import ConfigError, InvalidParamsError, MMError
+from mm_core.errors import ConfigError, InvalidGrammarError, InvalidParamsError, MMError
 from mm_core.hashing import HashAlgorithm
 
 MAX_N = 128
@@ -19,6 +21,12 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROB_TOKEN_IDS = 64
 MAX_LOGITS_PROCESSORS = 16
 MAX_SEED = 2**63 - 1
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_REGEX_BYTES = 8 * 1024
+MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_CHOICES = 1000
+MAX_CHOICE_BYTES = 64 * 1024  # all choices together
+MAX_GRAMMAR_DEPTH = 64  # brackets within brackets
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -29,7 +37,10 @@ def describe(error: ValidationError, what: str) -> str:
     for fault in error.errors(include_url=False):
         name = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
         text = fault["msg"].removeprefix("Value error, ")
-        given = repr(fault.get("input"))
+        try:
+            given = repr(fault.get("input"))
+        except RecursionError:  # nested without end
+            given = "..."
         given = given if len(given) <= 80 else given[:77] + "..."
         if fault["type"] == "extra_forbidden":
             faults.append(f"{name!r} is not an option of {what}")
@@ -38,8 +49,8 @@ def describe(error: ValidationError, what: str) -> str:
     return f"{what}: " + "; ".join(faults) + "."
 
 
-class _Settings(BaseModel):
-    """Base: strict types, no NaN, no unknown names, errors from the MMError tree."""
+class Settings(BaseModel):
+    """Base of all settings: strict types, no NaN, no unknown names, errors from the MMError tree."""
 
     model_config = _FROZEN
 
@@ -57,7 +68,108 @@ class _Settings(BaseModel):
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class SamplingParams(_Settings):
+class StructuredOutput(Settings):
+    """What an answer has to look like; exactly one of these. See docs/structured-output.md.
+
+    json_schema: a JSON schema, as a mapping or as JSON text (kept as text). json_object: any JSON object. regex: an
+    expression that the whole answer matches. choice: the answers there are. grammar: one in llguidance's Lark syntax.
+    Sizes are bounded here; whether it can be compiled is found when the request is prepared. Both faults are
+    InvalidGrammarError.
+    """
+
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+
+    @classmethod
+    def _error(cls) -> type[MMError]:
+        return InvalidGrammarError
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _schema_as_text(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"no JSON can be made of it: {type(error).__name__}") from None
+
+    @field_validator("choice", mode="before")
+    @classmethod
+    def _choice_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else () if value is None else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [n for n in type(self).model_fields if getattr(self, n) not in (None, False, ())]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "nothing"
+            raise ValueError(f"has {found}; give one of json_schema, json_object, regex, choice and grammar")
+        if len(self.choice) > MAX_CHOICES:
+            raise ValueError(f"choice has {len(self.choice)} entries, the limit is {MAX_CHOICES}")
+        if not all(self.choice):
+            raise ValueError("choice has an empty entry; each needs a character at least")
+        _check_size("choice", "".join(self.choice), MAX_CHOICE_BYTES)
+        _check_text("json_schema", self.json_schema, MAX_SCHEMA_BYTES)
+        _check_text("regex", self.regex, MAX_REGEX_BYTES)
+        _check_text("grammar", self.grammar, MAX_GRAMMAR_BYTES)
+        if self.json_schema is not None:
+            _check_schema(self.json_schema)
+        return self
+
+
+def _check_size(name: str, text: str, limit: int) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half a surrogate pair, which is no character") from None
+    if size > limit:
+        raise ValueError(f"{name} has {size} bytes, the limit is {limit}")
+
+
+def _check_text(name: str, text: str | None, limit: int) -> None:
+    if text is None:
+        return
+    if not text:
+        raise ValueError(f"{name} is empty")
+    _check_size(name, text, limit)
+    plain = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL) if name == "json_schema" else text
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{}\])]", plain):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_GRAMMAR_DEPTH:
+        raise ValueError(f"{name} nests {deepest} brackets, the limit is {MAX_GRAMMAR_DEPTH}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _check_schema(text: str) -> None:
+    """JSON, an object, and nothing in it that lies elsewhere. Its depth is bounded already."""
+    try:
+        schema = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"json_schema is no JSON: {error}") from None
+    except ValueError:
+        raise ValueError("json_schema holds a number that is none in JSON, or one of thousands of digits") from None
+    if not isinstance(schema, dict):
+        raise ValueError("json_schema has to be a JSON object")
+    left: list[Any] = [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            for key in ("$ref", "$dynamicRef"):
+                if isinstance(value.get(key), str) and not value[key].startswith("#"):
+                    raise ValueError(f"json_schema has a {key} to something outside of it; only '#/…' is read")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+class SamplingParams(Settings):
     """How one request's tokens are chosen. `max_tokens=None`: as far as the context goes.
 
     temperature: 0 is greedy; else logits are divided by it (values under 1e-2 count as 1e-2).
@@ -72,6 +184,8 @@ class SamplingParams(_Settings):
     None), at most 64.
     logits_processors: callables on the request's logits, `types.LogitsProcessor`, applied in order after
     logit_bias; min_tokens, penalties and temperature come after them. At most 16, hashable.
+    structured: what the answer has to look like. Whatever else is set, no token is drawn that breaks it; the
+    answer ends, whatever `ignore_eos` and `min_tokens` say, where nothing can follow.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
@@ -94,6 +208,7 @@ class SamplingParams(_Settings):
     skip_special_tokens: bool = True
     logprob_token_ids: tuple[int, ...] = ()
     logits_processors: tuple[Any, ...] = ()
+    structured: StructuredOutput | None = None
 
     @classmethod
     def _error(cls) -> type[MMError]:
@@ -177,7 +292,7 @@ def _check_processors(processors: tuple[Any, ...]) -> None:
             ) from None
 
 
-class KvCacheConfig(_Settings):
+class KvCacheConfig(Settings):
     """The KV cache. `num_blocks` overrides the sizing by memory (tests, tight machines).
 
     free_gpu_memory_fraction: share of the memory left after the weights that goes to KV blocks.
@@ -214,14 +329,19 @@ class KvCacheConfig(_Settings):
         return self
 
 
-class EngineConfig(_Settings):
+class EngineConfig(Settings):
     """Everything `Engine.from_pretrained` accepts beside the model's name.
 
     max_num_batched_tokens: token budget of one step. encoder_budget: the encoder's budget of one
     step, in its own cost units (None: chosen from the token budget). encoder_cache_tokens: rows
     kept for reuse. processor_cache_size: bytes of preprocessed media kept on the host.
-    preprocess_threads: None takes min(8, cores). overlap: schedule and launch a step while the one
-    before it runs (None: on a GPU). cuda_graphs: replay decode steps as graphs on a GPU.
+    preprocess_threads: None takes min(8, cores). max_image_pixels, max_video_frames, max_audio_seconds,
+    max_encoded_bytes: of one item; max_decoded_bytes: of one request. decode_workers: processes that decode encoded
+    media, each with decode_memory_bytes beside its libraries and decode_timeout_s for an item; 0: the threads do.
+    overlap: schedule and launch a step while the one before it runs (None: on a GPU). cuda_graphs: replay decode
+    steps as graphs on a GPU.
+    engine_process: run the engine in a process of its own, see docs/processes.md; one that has work and takes no step
+    for stall_timeout_s seconds is reported, and after twice that started again.
     record_timeline: keep what ran when, for `Engine.timeline()`. scheduling_policy: who starts first and what is
     kept, see docs/reuse.md: "reuse", or "fcfs" (first come, first served; the least recently used leaves).
     """
@@ -240,10 +360,18 @@ class EngineConfig(_Settings):
     limit_mm_per_prompt: Mapping[str, int] = Field(default_factory=dict)
     max_image_pixels: Annotated[int, Field(ge=1)] = 64 * 2**20
     max_video_frames: Annotated[int, Field(ge=1)] = 768
+    max_audio_seconds: Annotated[float, Field(gt=0.0)] = 14400.0
+    max_encoded_bytes: Annotated[int, Field(ge=1)] = 512 * 2**20
+    max_decoded_bytes: Annotated[int, Field(ge=1)] = 16 * 2**30
+    decode_workers: Annotated[int, Field(ge=0, le=64)] = 0
+    decode_memory_bytes: Annotated[int, Field(ge=2**26)] = 2 * 2**30
+    decode_timeout_s: Annotated[float, Field(gt=0.0, le=3600.0)] = 20.0
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     hash_algorithm: HashAlgorithm = "xxh3_128"
     scheduling_policy: Literal["reuse", "fcfs"] = "reuse"
     overlap: bool | None = None
+    engine_process: bool = False
+    stall_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
     cuda_graphs: bool = True
     record_timeline: bool = False
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0

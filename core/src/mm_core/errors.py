@@ -18,13 +18,28 @@
     │   │   ├── MediaDecodeError
     │   │   ├── MediaTooLargeError
     │   │   ├── TooManyMediaError
-    │   │   └── UnsupportedMediaError
+    │   │   ├── UnsupportedMediaError
+    │   │   ├── MediaBlockedError   an address or path that may not be read
+    │   │   └── MediaFetchError     an address that may be read, but could not be
     │   ├── MediaNotCachedError  a uuid without content whose content is gone
     │   ├── CacheFullError       more would be pinned than may be
+    │   ├── InvalidGrammarError  a schema, expression or grammar that cannot be compiled in time
     │   └── RequestAbortedError
+    ├── ServiceError             a server does not take the call; `status` is HTTP's
+    │   ├── InvalidBodyError     400: no JSON, or of another shape
+    │   ├── AuthenticationError  401
+    │   ├── PermissionDeniedError   403
+    │   ├── NotFoundError        404: a route or model
+    │   ├── MethodNotAllowedError   405
+    │   ├── ClientTimeoutError   408: the call was not sent in time
+    │   ├── BodyTooLargeError    413
+    │   ├── OverloadedError      429: too many wait; `retry_after` seconds
+    │   ├── DrainingError        503: the server is about to stop
+    │   └── RequestTimeoutError  504: the answer took too long
     ├── BatchError               some requests of a list failed; holds the others' results
     └── EngineError              the engine itself failed
         ├── EngineClosedError
+        ├── EngineDiedError      its process ended; it is being started again
         └── OutOfMemoryError
 
 A message says what was found, where, and what to do about it. `code` is stable once released
@@ -167,6 +182,18 @@ class UnsupportedMediaError(MediaError):
     code = "unsupported_media"
 
 
+class MediaBlockedError(MediaError):
+    """An address or a path that is not allowed to be read, or a kind of address that never is."""
+
+    code = "url_blocked"
+
+
+class MediaFetchError(MediaError):
+    """An allowed address gave nothing usable in time."""
+
+    code = "fetch_failed"
+
+
 class MediaNotCachedError(RequestError):
     """A uuid came without content and its content is not (or no longer) cached. Send it again."""
 
@@ -177,6 +204,12 @@ class CacheFullError(RequestError):
     """More would be pinned in a cache than may be; the text names the cache, its bound and what to change."""
 
     code = "cache_full"
+
+
+class InvalidGrammarError(RequestError):
+    """A schema, regular expression or grammar is wrong, too large, or takes too long to compile."""
+
+    code = "invalid_grammar"
 
 
 class RequestAbortedError(RequestError):
@@ -204,6 +237,120 @@ class BatchError(MMError):
         self.errors = errors
 
 
+class ServiceError(MMError):
+    """A server does not take a call, whatever is in it. `status` is HTTP's; `headers` go with the reply."""
+
+    code = "service_error"
+    status = 500
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of the reply."""
+        return {}
+
+
+class InvalidBodyError(ServiceError):
+    """The body is no JSON or multipart form, or has another shape than the route's."""
+
+    code = "invalid_body"
+    status = 400
+
+
+class AuthenticationError(ServiceError):
+    """No API key, or one that the server does not know."""
+
+    code = "invalid_api_key"
+    status = 401
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What kind of key is wanted."""
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class PermissionDeniedError(ServiceError):
+    """A key that is known, but not for this route."""
+
+    code = "permission_denied"
+    status = 403
+
+
+class NotFoundError(ServiceError):
+    """No such route or model."""
+
+    code = "not_found"
+    status = 404
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param)
+        if code is not None:
+            self.code = code
+
+
+class MethodNotAllowedError(ServiceError):
+    """The route exists for other methods. allow: these."""
+
+    code = "method_not_allowed"
+    status = 405
+
+    def __init__(self, message: str, *, allow: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The methods that the route has."""
+        return {"Allow": ", ".join(self.allow)}
+
+
+class ClientTimeoutError(ServiceError):
+    """The client did not send its call in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class BodyTooLargeError(ServiceError):
+    """The body, or a part of it, is above a ceiling; nothing behind the ceiling was read."""
+
+    code = "body_too_large"
+    status = 413
+
+
+class OverloadedError(ServiceError):
+    """The queue is full. retry_after: seconds after which trying again may help."""
+
+    code = "overloaded"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come back."""
+        return {"Retry-After": str(self.retry_after)}
+
+
+class DrainingError(OverloadedError):
+    """The server finishes what runs and takes no more."""
+
+    code = "draining"
+    status = 503
+
+
+class RequestTimeoutError(ServiceError):
+    """The answer took longer than the server allows; its work was freed."""
+
+    code = "timeout"
+    status = 504
+
+
 class EngineError(MMError):
     """The engine, not the request, is at fault."""
 
@@ -214,6 +361,12 @@ class EngineClosedError(EngineError):
     """The engine was closed."""
 
     code = "engine_closed"
+
+
+class EngineDiedError(EngineError):
+    """The engine's process ended, or hangs. What ran in it is lost; it is started again by itself."""
+
+    code = "engine_died"
 
 
 class OutOfMemoryError(EngineError):

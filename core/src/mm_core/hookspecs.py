@@ -23,6 +23,7 @@ from mm_core.types import (
     ModelFamily,
     PlaceholderRange,
     RequestOutput,
+    TaskProgress,
     TaskRequest,
 )
 
@@ -283,9 +284,10 @@ class DecoderSpec:
     max_model_len: int
 
 
-Task = Callable[..., Generator[Sequence[TaskRequest], Sequence[RequestOutput], Any]]
+Task = Callable[..., Generator[Sequence[TaskRequest] | TaskProgress, Sequence[RequestOutput], Any]]
 """A task beside generation. Called with the user's keyword arguments, it yields requests, receives
-their outputs in order, and returns the result. It raises InvalidParamsError for arguments that make no sense."""
+their outputs in order, and returns the result. It may yield a TaskProgress where it knows a part of the result.
+It raises InvalidParamsError for arguments that make no sense."""
 
 
 class HookSpecs:

@@ -6,7 +6,7 @@ values and must stay importable without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -176,7 +176,7 @@ class PreparedRequest:
     kv_context: whatever beside tokens and media enters the KV keys (what `condition` read, the source's key).
     block_keys: keys of the prompt's full blocks of `block_size` tokens, computed ahead, or none.
     source: what cross-attention reads, where the family has it; the request's media are there then.
-    instruction: token ids that `Fusion.condition` reads.
+    instruction: token ids that `Fusion.condition` reads. warnings: for `RequestOutput.warnings`.
     """
 
     request_id: str
@@ -192,6 +192,7 @@ class PreparedRequest:
     block_keys: tuple[bytes, ...] = ()
     source: Source | None = None
     instruction: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[PlaceholderRange, ...]:
@@ -239,6 +240,26 @@ class TaskRequest:
     prompt: Any
     params: Any = None
     apply_chat_template: bool | None = None
+
+
+@dataclass(frozen=True)
+class TaskProgress:
+    """What a task knows before its end, yielded between its requests; it is sent an empty sequence for it. value: the
+    family's matter."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How a task is run. cache_salt: of all its requests. allow_paths: whether media of its requests may be paths.
+    on_progress: called with each `TaskProgress.value`; on_output: with each request's RequestOutput, as soon as those
+    asked with it are there, too. Both must return quickly."""
+
+    cache_salt: str | None = None
+    allow_paths: bool = True
+    on_progress: Callable[[Any], None] | None = None
+    on_output: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -328,8 +349,9 @@ class CompletionOutput:
 class RequestMetrics:
     """When a request got where, in seconds of `time.perf_counter()`; None: it has not come so far.
 
-    arrival: the engine was asked. prepared: ids and media were ready for the scheduler. first_token,
-    last_token: the engine's loop handed out the first, and the latest, token of any answer.
+    arrival: the engine was asked. prepared: ids and media were ready for the scheduler. started: its first answer
+    was scheduled for the first time; known with its first output. first_token, last_token: the engine's loop handed
+    out the first, and the latest, token of any answer.
     token_times: the same for every token of the first answer, with `record_timeline=True`.
     """
 
@@ -338,13 +360,15 @@ class RequestMetrics:
     first_token: float | None = None
     last_token: float | None = None
     token_times: tuple[float, ...] | None = None
+    started: float | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A request's answers so far. `text` and friends are those of the first answer.
 
-    metrics: when it happened; two outputs that differ in nothing else are equal.
+    metrics: when it happened; two outputs that differ in nothing else are equal. warnings: what was used only in
+    part, as a sound file that was cut off.
     """
 
     request_id: str
@@ -353,6 +377,7 @@ class RequestOutput:
     usage: Usage
     finished: bool
     metrics: RequestMetrics | None = field(default=None, compare=False)
+    warnings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_core.benchspecs import BenchFamily, BenchModel, BenchWorkload
+from mm_core.benchspecs import BenchFamily, BenchModel, BenchPrompt, BenchWorkload
 from mm_core.errors import ConfigError, MMError
 from mm_core.plugins import PluginRegistry
 
@@ -62,6 +62,33 @@ def place_model(name: str, load_format: str, registry: PluginRegistry, folder: P
             "directory or hub id."
         )
     return str(write_model(models[name], folder / name))
+
+
+def write_checkpoint(name: str, registry: PluginRegistry, path: Path) -> Path:
+    """Write a built-in model as a checkpoint that can be chatted with: a user's turn is then the prompt that the
+    family's workloads have. Raises ConfigError for a name that is none."""
+    for family in _families(registry):
+        if (model := family.models.get(name)) is not None:
+            write_model(model, path)
+            if family.prompt.complete is None:
+                (path / "chat_template.jinja").write_text(_chat_template(family.prompt), encoding="utf-8")
+            return path
+    known = ", ".join(sorted(built_in_models(registry)))
+    raise ConfigError(f"{name!r} is no built-in size. There are: {known or 'none; install a plugin'}.")
+
+
+def _chat_template(prompt: BenchPrompt) -> str:
+    """Jinja: every user's turn is head, media, text and tail; answers stand between them as they are."""
+    head, media, tail = (json.dumps(piece, ensure_ascii=False) for piece in (prompt.head, prompt.media, prompt.tail))
+    return (
+        "{%- for message in messages -%}"
+        f'{{%- if message.role == "user" -%}}{{{{- {head} -}}}}{{%- endif -%}}'
+        "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+        f'{{%- if part.type == "text" -%}}{{{{- part.text -}}}}{{%- else -%}}{{{{- {media} -}}}}{{%- endif -%}}'
+        "{%- endfor -%}{%- endif -%}"
+        f'{{%- if message.role == "user" -%}}{{{{- {tail} -}}}}{{%- endif -%}}'
+        "{%- endfor -%}"
+    )
 
 
 def write_model(model: BenchModel, path: Path) -> Path:

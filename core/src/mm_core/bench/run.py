@@ -21,6 +21,7 @@ from mm_core.bench.timeline import clipped
 from mm_core.bench.work import DecoderSize
 from mm_core.bench.workloads import WORKLOADS, BenchRequest, PromptMaker, make_requests, resized, select
 from mm_core.benchspecs import BenchFamily, BenchWorkload
+from mm_core.checkpoint.config import resolve_dtype
 from mm_core.config import EngineConfig, SamplingParams
 from mm_core.engine.engine import Engine
 from mm_core.engine.frontend import Frontend
@@ -269,9 +270,10 @@ class Session:
         prepared, primed = self._prepared(requests), self._prepared(before)
         outputs = [r.output_tokens for r in requests]
         asked = ideal_reuse(prepared, primed, outputs, config.kv_cache_config.block_size)
-        kv_itemsize = kv_dtype(config.kv_cache_config, model.dtype).itemsize
+        dtype = resolve_dtype(config.dtype, model.checkpoint, resolve_device(config))
+        kv_itemsize = kv_dtype(config.kv_cache_config, dtype).itemsize
         facts = Facts(
-            decoder=self._decoder_size(model.dtype.itemsize, kv_itemsize),
+            decoder=self._decoder_size(dtype.itemsize, kv_itemsize),
             config=model.checkpoint.config,
             family=self.family,
             ceilings=self.measured.ceilings,

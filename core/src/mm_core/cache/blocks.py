@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 # Worth of a block that nobody uses any more: of its encoder cost, how often it was found, the worth of what was
 # evicted last, and a number that grows with every use.
@@ -211,13 +211,16 @@ class BlockPool:
                 self._pinned.remove(block)
                 self._cache(block)
 
-    def surrender(self, count: int) -> int:
+    def surrender(self, count: int, spared: Collection[int] = ()) -> int:
         """Free up to `count` pinned blocks that nobody uses, ends of chains first, as if they had been evicted: for a
-        sequence that could never run beside them. How many there were."""
+        sequence that could never run beside them, and will share the `spared` ones. How many there were."""
         given = 0
-        while given < count and self._pinned:
-            parents = {self._parent[block] for block in self._pinned}
-            for block in [block for block in self._pinned if block not in parents][: count - given]:
+        while given < count:
+            kept = {self._parent[block] for block in self._pinned}.union(spared)
+            ends = [block for block in self._pinned if block not in kept]
+            if not ends:
+                break
+            for block in ends[: count - given]:
                 del self._pins[block]
                 self._pinned.remove(block)
                 self._free.append(block)

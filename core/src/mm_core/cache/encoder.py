@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -75,10 +75,12 @@ class EncoderCache:
         self.evicted_items = 0
         self.evicted_rows = 0
         self.observers: list[RowsObserver] = []
+        self.on_yield: Callable[[bytes], None] | None = None  # told of an item that is not pinned any more
         self.worth: RowsWorth = by_cost_for_room
         self._clock = 0.0
         self._entries: dict[bytes, EncoderEntry] = {}  # in order of their encoding
         self._rows = [0, 0, 0]  # by state
+        self._pinned_rows = 0
         self._busy: dict[bytes, int] = {}  # item → the step that must complete before it may go
         self._last_step = 0  # the newest in flight, 0 if none is
         self._loose: list[tuple[float, int, bytes]] = []  # heap of (worth, stamp, key), with stale ones
@@ -181,15 +183,27 @@ class EncoderCache:
         """Undo `pin`."""
         self._set_pinned(key, False)
 
-    def surrender(self) -> bool:
-        """Unpin everything, for a sequence that could never run beside it. False if nothing was pinned."""
-        pinned = [key for key, entry in self._entries.items() if entry.pinned]
-        for key in pinned:
+    def is_pinned(self, key: bytes) -> bool:
+        """Whether an item is there and pinned."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.pinned
+
+    def make_way(self, wanted: Mapping[bytes, int]) -> None:
+        """Unpin others, the oldest first, until these items (key → rows) could be held together beside what is
+        pinned: whoever needs them would wait for ever otherwise. Nothing is evicted for it yet."""
+        limit = self.capacity - sum(rows for key, rows in wanted.items() if not self.is_pinned(key))
+        if self._pinned_rows <= limit:
+            return
+        for key in [key for key, entry in self._entries.items() if entry.pinned and key not in wanted]:
             self._set_pinned(key, False)
-        return bool(pinned)
+            if self.on_yield is not None:
+                self.on_yield(key)
+            if self._pinned_rows <= limit:
+                return
 
     def _set_pinned(self, key: bytes, pinned: bool) -> None:
         entry = self._entries[key]
+        self._pinned_rows += entry.rows * (pinned - entry.pinned)
         entry.pinned = pinned
         self._settle(key, entry)
 
@@ -253,6 +267,7 @@ class EncoderCache:
     def _remove(self, key: bytes, *, evicted: bool) -> None:
         entry = self._entries.pop(key)
         self._rows[entry.state] -= entry.rows
+        self._pinned_rows -= entry.rows * entry.pinned
         self._busy.pop(key, None)
         self._evicted.append(key)
         if evicted:
@@ -287,6 +302,8 @@ class EncoderCache:
         rows = [sum(e.rows for e in self._entries.values() if e.state is state) for state in _State]
         if rows != self._rows or self.used > self.capacity:
             raise RuntimeError(f"encoder cache counts {self._rows} rows by state, holds {rows} of {self.capacity}")
+        if self._pinned_rows != sum(e.rows for e in self._entries.values() if e.pinned):
+            raise RuntimeError("pinned encoder rows are miscounted")
         for key, entry in self._entries.items():
             if entry.state is not self._state_of(key, entry):
                 raise RuntimeError(f"an encoder cache entry is in state {entry.state.name} by mistake")

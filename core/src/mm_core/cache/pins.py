@@ -18,6 +18,7 @@ class Pins:
     """What the pinned names hold: blocks in which their items lie and those before them in their chains, and the
     items' rows; at most half of the blocks and half of the rows, and of the slots of `host`, where parts of that have
     gone to. What is published or encoded later joins as long as that bound allows, and is an ordinary entry otherwise.
+    So is what has to make way for a sequence that could not run beside it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Pins:
         self._stored: dict[Name, set[bytes]] = {}  # pinned in the host's memory
         prefix.observers.append(self)
         rows.observers.append(self)
+        rows.on_yield = self._yielded
 
     @property
     def num_slots(self) -> int:
@@ -183,6 +185,9 @@ class Pins:
         """See `RowsObserver`."""
         self._keys.pop(key, None)
 
+    def _yielded(self, key: bytes) -> None:
+        self._keys.pop(key, None)
+
     def check_integrity(self) -> None:
         """Raise RuntimeError where more is pinned than may be, or something that is not there."""
         self.index.check_integrity()
@@ -194,8 +199,8 @@ class Pins:
             raise RuntimeError("more than half of a cache is pinned")
         if any(self._prefix.content(block) is None for block in self._blocks):
             raise RuntimeError("a pinned block is not findable")
-        if any(key not in self._rows for key in self._keys):
-            raise RuntimeError("pinned rows are not there")
+        if self._keys.keys() != {key for key in self._rows.keys() if self._rows.is_pinned(key)}:  # noqa: SIM118
+            raise RuntimeError("rows are pinned for nobody, or not there though somebody pinned them")
         if any(not names or not names <= self.names for names in self._blocks.values()):
             raise RuntimeError("a block is pinned for a name that is not")
 

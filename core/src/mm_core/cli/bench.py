@@ -1,4 +1,4 @@
-"""`mm bench`: measure throughput and latency of named workloads or of a file of requests."""
+"""`mm bench`: measure throughput and latency of named workloads or of a file of requests; load on a server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_core.cli.bench_serve import add_bench_serve_arguments
 from mm_core.errors import ConfigError
 from mm_core.zoo import default_model
 
@@ -30,18 +31,54 @@ examples:
   mm bench throughput --model qwen2-vl-7b --load-format dummy --workload image-distinct,text --json out.json
   mm bench latency --model ./my-checkpoint --report report/
   mm bench throughput --model ./my-checkpoint --dataset requests.jsonl --num-requests 64
+  mm bench checkpoint qwen2-vl-7b ./dummy-7b && mm serve ./dummy-7b --load-format dummy
+  mm bench serve --url http://localhost:8000 --workload serve-poisson-10
 """
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mm bench`."""
+    parser.description = "Measure an engine, or a server."
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    for mode, text in (("throughput", "requests all at once"), ("latency", "requests one at a time")):
+        _add_run_arguments(modes.add_parser(mode, help=text, allow_abbrev=False))
+    add_bench_serve_arguments(
+        modes.add_parser("serve", help="load on any server that speaks OpenAI's API", allow_abbrev=False)
+    )
+    writing = modes.add_parser("checkpoint", help="write a built-in size without weights", allow_abbrev=False)
+    writing.description = (
+        "Write what `--load-format dummy` needs of a built-in size: settings, tokenizer and chat template, no weights."
+    )
+    writing.add_argument("model", metavar="NAME", help="such as qwen2-vl-7b")
+    writing.add_argument("directory", type=Path, metavar="DIR", help="made where it is not there")
+    writing.set_defaults(run_mode=_write_checkpoint)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Do what the mode says."""
+    return int(arguments.run_mode(arguments))
+
+
+def _write_checkpoint(arguments: argparse.Namespace) -> int:
+    from mm_core.bench.models import write_checkpoint
+    from mm_core.plugins import PluginRegistry
+
+    try:
+        print(write_checkpoint(arguments.model, PluginRegistry(), arguments.directory))
+    except OSError as error:
+        raise ConfigError(f"{arguments.directory} cannot be written: {error.strerror}.") from error
+    return 0
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run a workload on one engine and print rates, latencies, reuse, and each phase beside the floor that the "
         "device's own measured ceilings set. Images are made before the clock starts; preprocessing runs inside it."
     )
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("mode", choices=("throughput", "latency"), help="requests all at once, or one at a time")
     what = parser.add_argument_group("what is run")
     what.add_argument("--model", metavar="NAME", help="directory, hub id, or a built-in size such as qwen2-vl-7b")
     what.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -62,7 +99,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     output.add_argument("--report", type=Path, metavar="DIR", help="write timelines (Chrome traces) and plots")
     output.add_argument("--no-timeline", action="store_true", help="record no spans: no busy fraction, no phases")
-    parser.set_defaults(usage_error=parser.error)
+    parser.set_defaults(run_mode=_run, usage_error=parser.error)
 
 
 def _add_engine_arguments(engine: Any) -> None:
@@ -100,7 +137,7 @@ def _nbytes(text: str) -> int:
     return int(number) << 10 * powers[unit]
 
 
-def bench(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     """Run what is asked for and print it; results that are done are kept where a later one fails."""
     if arguments.dataset is not None and arguments.workload is not None:
         arguments.usage_error("--dataset and --workload exclude each other")

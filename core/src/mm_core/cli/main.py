@@ -14,8 +14,10 @@ from mm_core import __version__
 from mm_core.cli import tables
 from mm_core.cli.bench import add_bench_arguments, bench
 from mm_core.cli.cache_sim import add_cache_sim_arguments, cache_sim
+from mm_core.cli.chat import add_chat_arguments, chat
 from mm_core.cli.new_plugin import add_new_plugin_arguments, new_plugin
 from mm_core.cli.run import add_run_arguments, run
+from mm_core.cli.serve import add_serve_arguments, serve
 from mm_core.errors import MMError
 
 
@@ -46,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="ask a model once", allow_abbrev=False)
     add_run_arguments(command)
     command.set_defaults(call=run)
+
+    command = commands.add_parser("chat", help="talk with a model, or with a server", allow_abbrev=False)
+    add_chat_arguments(command)
+    command.set_defaults(call=chat)
+
+    command = commands.add_parser("serve", help="answer calls over HTTP, as OpenAI's API", allow_abbrev=False)
+    add_serve_arguments(command)
+    command.set_defaults(call=serve)
 
     command = commands.add_parser("bench", help="measure throughput and latency", allow_abbrev=False)
     add_bench_arguments(command)

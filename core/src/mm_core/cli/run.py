@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mm_core.engine.engine import Engine
     from mm_core.types import RequestOutput, TextPrompt
 
-_SUFFIXES = {
+SUFFIXES = {
     "image": {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"},
     "video": {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"},
     "audio": {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"},
@@ -38,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video; repeat for several")
     media.add_argument("--audio", action="append", default=[], metavar="PATH", help="a recording; repeat for several")
     media.add_argument("--media", nargs="+", action="extend", default=[], metavar="PATH", help="media of --modality")
-    kinds = ("text", *_SUFFIXES)
+    kinds = ("text", *SUFFIXES)
     media.add_argument("--modality", choices=kinds, help="what --media are (else: by suffix)")
     output = parser.add_argument_group("output")
     output.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most N tokens (default 256)")
@@ -98,11 +98,11 @@ def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
 
 
 def _media(arguments: argparse.Namespace) -> Mapping[str, list[Any]]:
-    data: dict[str, list[Any]] = {kind: list(getattr(arguments, kind)) for kind in _SUFFIXES}
+    data: dict[str, list[Any]] = {kind: list(getattr(arguments, kind)) for kind in SUFFIXES}
     for path in arguments.media:
         if arguments.modality == "text":
             _refuse(arguments, "--modality text takes no --media")
-        kind = arguments.modality or _kind(path)
+        kind = arguments.modality or kind_of(path)
         if kind is None:
             _refuse(arguments, f"what is {path}? Say --modality image, video or audio")
         data.setdefault(kind, []).append(path)
@@ -112,9 +112,10 @@ def _media(arguments: argparse.Namespace) -> Mapping[str, list[Any]]:
     return given
 
 
-def _kind(path: str) -> str | None:
+def kind_of(path: str) -> str | None:
+    """The modality that a file's suffix stands for."""
     suffix = Path(path).suffix.lower()
-    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
 def _value(path: str) -> str | Path:

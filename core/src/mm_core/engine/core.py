@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from mm_core.config import SamplingParams
+from mm_core.engine.grammars import GrammarDesk
 from mm_core.engine.lifecycle import CacheKeeper
 from mm_core.engine.messages import (
     Abort,
@@ -69,6 +70,7 @@ class EngineCore:
         self._requests: dict[str, list[SequenceState]] = {}
         self.recorder: SpanRecorder | None = None  # gets what this thread does in a step
         self.keeper = CacheKeeper(scheduler)
+        self.grammars = GrammarDesk()
         self.notify: Callable[[Notice], None] = _to_nobody
         self.before_release: Callable[[], object] = _do_nothing
 
@@ -108,13 +110,16 @@ class EngineCore:
         params: SamplingParams = request.params
         try:
             self.scheduler.sources.check(request)
+            if not self.grammars.ready(request):
+                return []
         except MMError as error:
             return [TokenOutput(request.request_id, 0, None, finish_reason=FinishReason.ERROR.value, error=error)]
         self.keeper.note(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         sequences = [SequenceState(self._take_id(), request, index, seed) for index in range(params.n)]
         self._requests[request.request_id] = sequences
-        for seq in sequences:
+        for seq, grammar in zip(sequences, self.grammars.matchers(request), strict=True):
+            seq.grammar = grammar
             self.scheduler.add(seq)
         return []
 
@@ -124,7 +129,7 @@ class EngineCore:
 
     def _abort(self, request_id: str, index: int | None, reason: FinishReason) -> list[TokenOutput]:
         ended = [s for s in self._requests.get(request_id, []) if index is None or s.index == index]
-        outputs = []
+        outputs = self.grammars.abort(request_id, reason)
         for seq in ended:
             self.scheduler.finish(seq, reason)
             outputs += self._report([TokenEvent(seq, None, finish_reason=reason)])
@@ -141,7 +146,7 @@ class EngineCore:
     @property
     def request_ids(self) -> list[str]:
         """Requests that have not ended."""
-        return list(self._requests)
+        return [*self._requests, *self.grammars.held]
 
     @property
     def has_work(self) -> bool:
@@ -155,6 +160,8 @@ class EngineCore:
         self._take_copies()
         with self._span("schedule"):
             batch = scheduler.schedule()
+        if scheduler.begun:
+            self._stamp_begun()
         if batch is not None:
             return self._launch(batch)
         if self._in_flight:
@@ -165,6 +172,13 @@ class EngineCore:
             self._take_copies(wait=True)
             return []
         return [] if scheduler.give_up_restored() else self._stuck()
+
+    def _stamp_begun(self) -> None:
+        """When requests were first scheduled, for their metrics."""
+        now = self._clock()
+        for seq in self.scheduler.begun:
+            seq.started = now
+        self.scheduler.begun = []  # else their media would be held as long as nothing comes
 
     def drain(self) -> list[TokenOutput]:
         """Take in all that is in flight: steps, and copies behind the device."""
@@ -285,8 +299,8 @@ class EngineCore:
         self.scheduler.finish(seq, FinishReason.ERROR)
         error = EngineError(
             f"A request of {seq.num_tokens} tokens cannot be scheduled: the KV cache or the encoder cache is too "
-            "small for it, or too much of them is pinned. Raise KvCacheConfig(num_blocks / cpu_cache_size / "
-            "free_gpu_memory_fraction) or encoder_cache_tokens, or unpin something."
+            "small for it. Raise KvCacheConfig(num_blocks / cpu_cache_size / free_gpu_memory_fraction) or "
+            "encoder_cache_tokens."
         )
         return self._report([TokenEvent(seq, None, finish_reason=FinishReason.ERROR, error=error)])
 
@@ -306,12 +320,14 @@ class EngineCore:
                     seq.num_cached_tokens or 0,
                     seq.encoded_rows,
                     error,
+                    seq.started,
                 )
             )
         return outputs
 
     def release(self) -> None:
         """Give the device's memory back: modules, KV tensors, encoder rows. The books stay readable."""
+        self.grammars.close()
         try:
             self.before_release()
         finally:
@@ -330,6 +346,7 @@ class EngineCore:
             "block_size": scheduler.pool.block_size,
             "block_evictions": scheduler.pool.evictions,
             "encoder_calls": self.runner.rows.calls,
+            "encoder_seconds": self.runner.rows.clock.seconds(),
             "encoder_cache": {
                 "rows": scheduler.encoder_cache.used,
                 "capacity": scheduler.encoder_cache.capacity,

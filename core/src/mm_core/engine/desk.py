@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_core.engine.feeds import Feed
 from mm_core.engine.messages import CacheNews, CacheReply, Message, Notice, WatchCaches
-from mm_core.errors import EngineClosedError
+from mm_core.errors import EngineClosedError, EngineDiedError, MMError
 
 
 class CacheDesk:
@@ -28,10 +28,12 @@ class CacheDesk:
         self._feeds: list[Feed] = []
         self._listeners = 0
         self._closed = False
+        self._down: EngineDiedError | None = None
         self._lock = threading.RLock()
 
     def ask(self, kind: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
-        """Send `kind(number, *args)` to the core; what it answers. Raises EngineClosedError."""
+        """Send `kind(number, *args)` to the core; what it answers. Raises EngineClosedError, and EngineDiedError while
+        the engine's process is down."""
         return self._ask(None, kind, *args, **options)
 
     def _ask(self, joining: Feed | None, kind: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
@@ -40,6 +42,8 @@ class CacheDesk:
         with self._lock:
             if self._closed:
                 raise _closed()
+            if self._down is not None:
+                raise type(self._down)(str(self._down))
             self._waiting[number] = answer
             if joining is not None:
                 self._joining[number] = joining
@@ -60,7 +64,7 @@ class CacheDesk:
             self._feeds = [f for f in self._feeds if f is not feed]
             self._joining = {number: f for number, f in self._joining.items() if f is not feed}
             self._listeners -= known
-            if known and not self._listeners and not self._closed:
+            if known and not self._listeners and not self._closed and self._down is None:
                 self._ask(None, WatchCaches, on=False)
         feed.close()
 
@@ -88,14 +92,27 @@ class CacheDesk:
 
     def close(self) -> None:
         """Nothing is answered any more: who waits is told. Idempotent."""
+        self._closed = True
+        self._end(_closed())
+
+    def go_down(self, error: EngineDiedError) -> None:
+        """The engine's process died, and what it cached: who waits is told, and until `come_up` whoever asks. Feeds
+        end: what there is from then on is for readers who join anew."""
+        self._down = error
+        self._end(error)
+
+    def come_up(self) -> None:
+        """Another process is ready."""
+        self._down = None
+
+    def _end(self, error: MMError) -> None:
         with self._lock:
-            self._closed = True
             waiting, self._waiting = self._waiting, {}
             feeds = [*self._feeds, *self._joining.values()]
-            self._feeds, self._joining = [], {}
+            self._feeds, self._joining, self._listeners = [], {}, 0
         for answer in waiting.values():
             if answer.set_running_or_notify_cancel():
-                answer.set_exception(_closed())
+                answer.set_exception(error)
         for feed in feeds:
             feed.close()
 

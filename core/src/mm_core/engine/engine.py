@@ -16,7 +16,7 @@ from mm_core.engine.frontend import Frontend
 from mm_core.engine.tasks import TaskDriver, unwrap
 from mm_core.errors import EngineError, InvalidParamsError, InvalidPromptError, MMError
 from mm_core.tracing import Span
-from mm_core.types import RequestOutput, TextPrompt, TextPromptDict
+from mm_core.types import RequestOutput, TaskOptions, TextPrompt, TextPromptDict
 
 Prompt = str | TextPrompt | TextPromptDict
 Messages = Sequence[Mapping[str, Any]]
@@ -93,16 +93,17 @@ class Engine:
         params = SamplingParams() if sampling_params is None else sampling_params
         return _Stream(self._frontend, prompt, params, apply_chat_template)
 
-    def task(self, name: str, /, **inputs: Any) -> Any:
+    def task(self, name: str, options: TaskOptions | None = None, /, **inputs: Any) -> Any:
         """Run one of the family's tasks beside generation, e.g. `engine.task("transcribe", audio="talk.wav")`.
 
         inputs: what the task takes; what it returns is the family's matter (see its README). Raises ConfigError
         for a task that the family does not have, InvalidParamsError for inputs that it does not take.
+        options: its caches, and who is told of its progress.
         """
-        (result,) = self.tasks(name, [inputs])
+        (result,) = self.tasks(name, [inputs], options)
         return result
 
-    def tasks(self, name: str, inputs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def tasks(self, name: str, inputs: Sequence[Mapping[str, Any]], options: TaskOptions | None = None) -> list[Any]:
         """Run a task for each of `inputs`, all at once; the results in order.
 
         A single one's error is raised as it is; of several the others still run, then BatchError tells which
@@ -111,7 +112,7 @@ class Engine:
         if not isinstance(inputs, Sequence) or not all(isinstance(each, Mapping) for each in inputs):
             raise InvalidParamsError("tasks() takes a list of dicts, the task's arguments by name.", param="inputs")
         with self._progress(len(inputs), f"Task {name}", "task") as bar:
-            results = TaskDriver(self._frontend, name, bar.update).run(inputs)
+            results = TaskDriver(self._frontend, name, bar.update, options).run(inputs)
         return unwrap(results)
 
     def transcribe(self, audio: Any, **options: Any) -> Any:

@@ -11,31 +11,37 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mm_core.config import EngineConfig, SamplingParams
+from mm_core.engine.about import About
 from mm_core.engine.core import EngineCore
 from mm_core.engine.core_thread import CoreThread
 from mm_core.engine.delivery import OutputThread
 from mm_core.engine.desk import CacheDesk
 from mm_core.engine.live import Listener, Live
-from mm_core.engine.loading import LoadedModel, build_core, build_pipeline, load_model
-from mm_core.engine.messages import Abort, ClearCache, Submit, TokenOutput
+from mm_core.engine.loading import build_core, build_pipeline, check_vocabulary, load_model
+from mm_core.engine.messages import Abort, PinItem, Submit, TokenOutput
 from mm_core.engine.output import RequestText, WholeTexts
 from mm_core.engine.precedence import Precedence
+from mm_core.engine.process.front import load_front
+from mm_core.engine.process.launch import Launch, plugin_names
+from mm_core.engine.process.parent import Listeners
+from mm_core.engine.process.requests import check_portable, own_that_stay, package_of
+from mm_core.engine.process.supervisor import EngineProcess
 from mm_core.engine.startup import StartupTimes
 from mm_core.errors import (
-    ConfigError,
     EngineClosedError,
+    EngineDiedError,
     EngineError,
     InvalidParamsError,
     MMError,
     RequestAbortedError,
 )
 from mm_core.inputs.prompt import guarded
-from mm_core.tracing import Span, SpanRecorder
+from mm_core.tracing import SpanRecorder
 from mm_core.types import PreparedRequest, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -44,8 +50,8 @@ logger = logging.getLogger(__name__)
 _STRETCH = 8
 
 
-class Frontend:
-    """Owns the model, the input pipeline and the engine core's thread.
+class Frontend(About):
+    """Owns the model, the input pipeline and the engine core: its thread, or its process.
 
     A listener is called with the request's RequestOutput when it ends (and after every token
     with stream=True), or once with the error that ended it. It runs in the engine's threads and
@@ -54,12 +60,11 @@ class Frontend:
     recorder: what ran when, where `config.record_timeline` asks for it.
     """
 
-    model: LoadedModel
-    max_model_len: int
     _core: EngineCore
 
     def __init__(self, name: str, config: EngineConfig, plugins: Sequence[Any] | None) -> None:
         self.config = config
+        self._name = name
         self.recorder = SpanRecorder() if config.record_timeline else None
         self.startup = StartupTimes(show_progress=config.show_progress)
         self.precedence = Precedence()
@@ -83,8 +88,11 @@ class Frontend:
             ends.callback(last)
         self._outputs.start()
         ends.callback(self._outputs.close)
-        self._thread = CoreThread(lambda: self._load(name, plugins), self._outputs.put)
-        ends.callback(self._thread.close)
+        if self.config.engine_process:
+            self._load_beside(name, plugins, ends)
+        else:
+            self._thread = CoreThread(lambda: self._load(name, plugins), self._outputs.put)
+            ends.callback(self._thread.close)
         give_way = self.precedence.give_way
         self.pipeline = build_pipeline(self.model, self.config, self.max_model_len, self.recorder, give_way)
         ends.callback(self.pipeline.close)
@@ -104,6 +112,48 @@ class Frontend:
         self._core.notify = self.desk.take
         return self._core
 
+    def _load_beside(self, name: str, plugins: Sequence[Any] | None, ends: ExitStack) -> None:
+        """The core in a process of its own, and meanwhile here what it does not need."""
+        launch = Launch(name, self.config, plugin_names(plugins))
+        listeners = Listeners(self._outputs.put_at, self.desk.take, self._on_death, self._on_restart)
+        self._thread = engine = EngineProcess(launch, listeners, self.startup)
+        ends.callback(engine.close)
+        front = load_front(name, self.config, plugins, self.startup)
+        facts = engine.wait_ready()
+        check_vocabulary(name, front.processor, facts.vocab_size)
+        self._package, own = package_of(front.processor), front.processor.default_sampling().logits_processors
+        engine.speak_of(self._package, own_that_stay(SamplingParams(logits_processors=own), self._package))
+        self.model, self.max_model_len = replace(front, vocab_size=facts.vocab_size), facts.max_model_len
+
+    def _on_death(self, error: EngineDiedError) -> None:
+        """The engine's process died: all that has not ended ends, behind the outputs that came from it."""
+        self.desk.go_down(error)
+        with self._lock:  # what comes later is refused by `add`
+            ended = list(self._live)
+        self._outputs.call(lambda: self._end_dead(ended, str(error)))
+
+    def _end_dead(self, ended: Sequence[str], text: str) -> None:
+        for request_id in ended:
+            self._fail(request_id, EngineDiedError(text))
+
+    def _on_restart(self) -> None:
+        self.desk.come_up()
+        for owner in list(self.pipeline.media.pinned):  # what is computed anew of them joins
+            self.desk.ask(PinItem, owner.uuid, owner.salt)
+
+    def _refusal(self, params: SamplingParams) -> MMError | None:
+        """Why the engine's process cannot take a request, if it cannot."""
+        engine = self._thread
+        if not isinstance(engine, EngineProcess):
+            return None
+        if engine.refusal is not None:
+            return EngineDiedError(str(engine.refusal))
+        try:
+            check_portable(params, self._package)
+        except InvalidParamsError as error:
+            return error
+        return None
+
     # -- requests --------------------------------------------------------------------------
 
     def add(
@@ -114,8 +164,11 @@ class Frontend:
         *,
         stream: bool = False,
         apply_chat_template: bool | None = None,
+        allow_paths: bool = True,
     ) -> str:
         """Start a request; returns its id. A request that is refused ends through its listener.
+
+        allow_paths=False: media given as str must be `data:` URLs (prompts that come from a network).
 
         Raises EngineClosedError, and InvalidParamsError where `params` is no SamplingParams.
         """
@@ -124,12 +177,16 @@ class Frontend:
                 f"sampling_params is a {type(params).__name__}; give SamplingParams(...).", param="sampling_params"
             )
         request_id = f"req-{next(self._ids)}"
-        live = Live(listener, stream, (prompt, params, apply_chat_template), time.perf_counter())
+        live = Live(listener, stream, (prompt, params, apply_chat_template), allow_paths, time.perf_counter())
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
             self._live[request_id] = live
-            self._queued.append(request_id)
+            refusal = self._refusal(params)
+            if refusal is None:
+                self._queued.append(request_id)
+        if refusal is not None:
+            self._end(request_id, refusal)
         self._begin_queued()
         return request_id
 
@@ -146,7 +203,7 @@ class Frontend:
                 ask, live.ask, live.busy = live.ask, None, True
                 self._room -= 1
             try:
-                live.preparing = self.pipeline.submit(request_id, *ask)
+                live.preparing = self.pipeline.submit(request_id, *ask, allow_paths=live.allow_paths)
             except MMError as error:  # closed since the look above
                 live.busy = False
                 self._end(request_id, error)
@@ -293,27 +350,7 @@ class Frontend:
                 if output.request_id in self._live:
                     live.tell(live.output(text))
 
-    # -- the rest --------------------------------------------------------------------------
-
-    @property
-    def num_live(self) -> int:
-        """Requests that have not ended, queued and being prepared ones included."""
-        return len(self._live)
-
-    def stats(self) -> dict[str, Any]:
-        """Counters of engine core and input pipeline."""
-        parts = {"processor_cache": asdict(self.pipeline.stats()), "startup": dict(self.startup.seconds)}
-        return {**self._thread.stats(), **parts}
-
-    def timeline(self) -> list[Span]:
-        """The spans recorded since the last call; ConfigError where nothing is recorded."""
-        if self.recorder is None:
-            raise ConfigError("No timeline is kept. Make the engine with record_timeline=True.")
-        return self.recorder.take()
-
-    def clear_cache(self) -> None:
-        """Forget reusable KV blocks."""
-        self._thread.send(ClearCache())
+    # -- the end ---------------------------------------------------------------------------
 
     def close(self) -> None:
         """Abort what runs and release the device. Idempotent."""

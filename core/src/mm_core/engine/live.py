@@ -21,13 +21,15 @@ Listener = Callable[[RequestOutput | MMError], None]
 
 @dataclass(slots=True)
 class Live:
-    """A request between `add` and its end. ask is what to prepare, until that begins; text is None
+    """A request between `add` and its end. ask is what to prepare (where media are str, they may be
+    paths if allow_paths), until that begins; text is None
     until it is done. open: answers that have not ended. Times are those of `RequestMetrics`; the
     counts are of `Usage`, prompt-side ones those of the first answer."""
 
     listener: Listener
     stream: bool
     ask: tuple[Any, SamplingParams, bool | None] | None
+    allow_paths: bool
     arrival: float
     text: RequestText | None = None
     plain: bool = False
@@ -35,6 +37,7 @@ class Live:
     preparing: Future[PreparedRequest] | None = None
     busy: bool = False  # being prepared, even if the request ended meanwhile
     prepared: float | None = None
+    started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     token_times: list[float] | None = None
@@ -48,6 +51,8 @@ class Live:
         if output.index == 0:
             self.cached_tokens = output.cached_tokens
         # An item encoded again after a preemption counts once: more than there is was not asked for.
+        if output.started is not None and (self.started is None or output.started < self.started):
+            self.started = output.started
         self.encoded_tokens = min(max(self.encoded_tokens, output.encoded_rows), self.media_tokens)
 
     def stamp(self, when: float, index: int) -> None:
@@ -61,7 +66,7 @@ class Live:
     def output(self, text: RequestText) -> RequestOutput:
         """The answers so far."""
         times = None if self.token_times is None else tuple(self.token_times)
-        metrics = RequestMetrics(self.arrival, self.prepared, self.first_token, self.last_token, times)
+        metrics = RequestMetrics(self.arrival, self.prepared, self.first_token, self.last_token, times, self.started)
         counts = Usage(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from mm_core.checkpoint import LoadedCheckpoint, init_dummy_weights, load_weight
 from mm_core.config import EngineConfig
 from mm_core.decoders import default as default_decoder
 from mm_core.engine.core import EngineCore
+from mm_core.engine.front_model import FrontModel
 from mm_core.engine.startup import StartupTimes
 from mm_core.engine.tiering import open_tier, plan_tiers, staging_bytes
 from mm_core.engine.warming import SMALLER_STEP, EngineWarmUp
-from mm_core.errors import CheckpointError, ConfigError, OutOfMemoryError
+from mm_core.errors import CheckpointError, ConfigError, OutOfMemoryError, PluginError
 from mm_core.hashing import get_hasher
 from mm_core.hookspecs import BuildContext, Decoder, DecoderSpec, Encoder, Fusion, Processor, Task
 from mm_core.inputs.coordinator import nobody
@@ -35,6 +37,9 @@ from mm_core.runner.runner import ModelRunner, RunnerLimits, resolve_device
 from mm_core.scheduler.plan import COPY_TOKENS, SchedulerConfig
 from mm_core.scheduler.policy import POLICIES
 from mm_core.scheduler.scheduler import Scheduler
+from mm_core.structured.grammars import Grammars
+from mm_core.structured.library import TokenTable
+from mm_core.structured.tokens import read_tokens
 from mm_core.tracing import SpanRecorder
 from mm_core.types import MediaFeature
 
@@ -55,11 +60,12 @@ _SMALLER_GRAPHS = "Lower KvCacheConfig(free_gpu_memory_fraction=...) or max_num_
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint with everything its family's plugin built for it, weights loaded."""
+    """A checkpoint with everything its family's plugin built for it, weights loaded. make_processor: gives its
+    processor, or makes it, where nobody needed it so far."""
 
     family: str
     checkpoint: LoadedCheckpoint
-    processor: Processor
+    make_processor: Callable[[], Processor]
     encoder: Encoder
     fusion: Fusion
     decoder: Decoder
@@ -75,11 +81,58 @@ class LoadedModel:
         """What runs on the device."""
         return Modules(self.family, self.decoder, self.encoder, self.fusion)
 
+    @cached_property
+    def processor(self) -> Processor:
+        """What prepares requests."""
+        return self.make_processor()
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.decoder.vocab_size
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars; nothing happens before the first one."""
+        return Grammars(self._token_table)
+
+    def _token_table(self) -> TokenTable:
+        processor = self.processor
+        ends = eos_token_ids(self.checkpoint.generation_config, processor.tokenizer)
+        ends |= frozenset(processor.default_sampling().stop_token_ids)
+        return read_tokens(processor.tokenizer, self.vocab_size, ends)
+
+    @property
+    def pin_for(self) -> torch.device | None:
+        """The GPU that copies prepared media by itself, where there is one."""
+        return self.device if self.device.type == "cuda" else None
+
+
+def tasks_of(registry: PluginRegistry, owner: Owner, checkpoint: LoadedCheckpoint) -> Mapping[str, Task]:
+    """The family's tasks by name, where it has any."""
+    if not registry.implements("mm_tasks", owner):
+        return {}
+    tasks: Mapping[str, Task] = call(registry, "mm_tasks", owner, checkpoint)
+    return tasks
+
+
+def _made(processor: Processor) -> Callable[[], Processor]:
+    return lambda: processor
+
 
 def load_model(
-    name: str, config: EngineConfig, plugins: Sequence[Any] | None, startup: StartupTimes | None = None
+    name: str,
+    config: EngineConfig,
+    plugins: Sequence[Any] | None,
+    startup: StartupTimes | None = None,
+    *,
+    prepares: bool = True,
 ) -> LoadedModel:
-    """Open a checkpoint, find its plugin, build its modules and load their weights."""
+    """Open a checkpoint, find its plugin, build its modules and load their weights.
+
+    prepares: whether requests are prepared here, too; else there are no tasks, and a processor only where a GPU's
+    warm-up needs one.
+    """
     startup = startup or StartupTimes()
     with startup.part("device", "Starting the device"):
         device = _open_device(config)  # before anything is downloaded
@@ -87,15 +140,17 @@ def load_model(
         registry = PluginRegistry(plugins or ())
         checkpoint = open_checkpoint(name, revision=config.revision, show_progress=config.show_progress)
         owner = registry.resolve(checkpoint.architectures, model=name)
-        _load_tokenizer_beside(checkpoint, startup)
+        make_processor: Callable[[], Processor] = partial(call, registry, "mm_processor", owner, checkpoint)
+        if prepares or device.type == "cuda":
+            load_tokenizer_beside(checkpoint, startup)
         dtype = resolve_dtype(config.dtype, checkpoint, device)
     with startup.part("modules", "Building the model"):
-        spec: DecoderSpec = _call(registry, "mm_decoder", owner, checkpoint)
-        max_model_len = _resolve_length(name, config, spec)
+        spec: DecoderSpec = call(registry, "mm_decoder", owner, checkpoint)
+        max_model_len = resolve_length(name, config, spec)
         context = BuildContext(device, dtype, max_model_len)
         with out_of_memory(f"building {name!r} in {dtype} on {device}", _SMALLER_MODEL):
-            fusion: Fusion = _call(registry, "mm_fusion", owner, checkpoint, context=context)
-            encoder: Any = _call(registry, "mm_encoder", owner, checkpoint, context=context)
+            fusion: Fusion = call(registry, "mm_fusion", owner, checkpoint, context=context)
+            encoder: Any = call(registry, "mm_encoder", owner, checkpoint, context=context)
             decoder: Any = spec.build(context)
         modules = Modules(owner.family.name, decoder, encoder, fusion)
         check_modules(modules)
@@ -106,25 +161,24 @@ def load_model(
             warm_up = EngineWarmUp(config, modules, context)
             stack.callback(warm_up.close)
             warm_up.begin_text(startup)
-        with startup.part("processor", "Loading the tokenizer"):
-            processor: Processor = _call(registry, "mm_processor", owner, checkpoint)
-            _check_vocabulary(name, processor, decoder)
-            tasks = _call(registry, "mm_tasks", owner, checkpoint) if registry.implements("mm_tasks", owner) else {}
+        if prepares or device.type == "cuda":
+            with startup.part("processor", "Loading the tokenizer"):
+                make_processor = _made(make_processor())
+                check_vocabulary(name, make_processor(), decoder.vocab_size)
+        tasks = tasks_of(registry, owner, checkpoint) if prepares else {}
         if warm_up is not None:
             with startup.part("examples"):
-                examples = noise_features(processor, _EXAMPLE_SIDES)
+                examples = noise_features(make_processor(), _EXAMPLE_SIDES)
             warm_up.begin_media(startup, examples)
         smaller = out_of_memory(f"loading the weights of {name!r}", _SMALLER_MODEL)
         with startup.part("weights", "Loading weights"), smaller:
             targets = [(encoder, encoder.weight_map), (decoder, spec.weight_map)]
             if modules.conditions:
                 targets.append((fusion, fusion.weight_map))  # type: ignore[attr-defined]
-            _fill(config, checkpoint, targets)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            _fill(config, checkpoint, targets, device)
         if warm_up is not None:
             warm_up.finish(startup)
-    parts = (owner.family.name, checkpoint, processor, encoder, fusion, decoder)
+    parts = (owner.family.name, checkpoint, make_processor, encoder, fusion, decoder)
     return LoadedModel(*parts, max_model_len, device, dtype, startup, examples, tasks)
 
 
@@ -137,7 +191,7 @@ def _open_device(config: EngineConfig) -> torch.device:
     return device
 
 
-def _load_tokenizer_beside(checkpoint: LoadedCheckpoint, startup: StartupTimes) -> None:
+def load_tokenizer_beside(checkpoint: LoadedCheckpoint, startup: StartupTimes) -> None:
     """Begin to load the tokenizer in a thread: transformers takes a second to import, and no torch calls.
 
     Whoever asks for it waits; where it failed, they try again and get the error.
@@ -154,12 +208,22 @@ def _load_tokenizer_beside(checkpoint: LoadedCheckpoint, startup: StartupTimes) 
     threading.Thread(target=load, name="mm-core-tokenizer", daemon=True).start()
 
 
-def _call(registry: PluginRegistry, hook: str, owner: Owner, checkpoint: LoadedCheckpoint, **extra: Any) -> Any:
+def call(registry: PluginRegistry, hook: str, owner: Owner, checkpoint: LoadedCheckpoint, **extra: Any) -> Any:
+    """What a hook of the checkpoint's plugin gives."""
     default = default_decoder if hook == "mm_decoder" else None
-    return registry.call_owner(hook, owner, default=default, family=owner.family.name, checkpoint=checkpoint, **extra)
+    given = {"default": default, "family": owner.family.name, "checkpoint": checkpoint, **extra}
+    try:
+        return registry.call_owner(hook, owner, **given)
+    except PluginError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        # It imported of transformers what the tokenizer's thread was importing just then: that one first.
+        _ = checkpoint.tokenizer
+        return registry.call_owner(hook, owner, **given)
 
 
-def _resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
+def resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
+    """The context length that is wanted. Raises ConfigError where the model was made for less."""
     wanted = config.max_model_len
     if wanted is None:
         return spec.max_model_len
@@ -171,18 +235,20 @@ def _resolve_length(name: str, config: EngineConfig, spec: DecoderSpec) -> int:
     return wanted
 
 
-def _check_vocabulary(name: str, processor: Processor, decoder: Decoder) -> None:
-    """Every id the tokenizer gives must have an embedding row."""
+def check_vocabulary(name: str, processor: Processor, vocab_size: int) -> None:
+    """Raise CheckpointError unless every id the tokenizer gives has an embedding row."""
     known = len(processor.tokenizer)
     placeholders = [i for m in processor.modalities if (i := processor.placeholder_id(m)) is not None]
-    if max([known - 1, *placeholders]) >= decoder.vocab_size:
+    if max([known - 1, *placeholders]) >= vocab_size:
         raise CheckpointError(
-            f"The tokenizer of {name!r} has {known} tokens, its language model {decoder.vocab_size}: they belong to "
+            f"The tokenizer of {name!r} has {known} tokens, its language model {vocab_size}: they belong to "
             "different checkpoints. Fetch tokenizer and weights from the same place."
         )
 
 
-def _fill(config: EngineConfig, checkpoint: LoadedCheckpoint, targets: list[tuple[nn.Module, Any]]) -> None:
+def _fill(
+    config: EngineConfig, checkpoint: LoadedCheckpoint, targets: list[tuple[nn.Module, Any]], device: torch.device
+) -> None:
     if config.load_format == "dummy":
         for module, weight_map in targets:
             init_dummy_weights(module, config.seed, weight_map=weight_map)
@@ -195,6 +261,8 @@ def _fill(config: EngineConfig, checkpoint: LoadedCheckpoint, targets: list[tupl
             finish = getattr(child, "finish_loading", None)
             if callable(finish):
                 finish()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def build_core(
@@ -236,6 +304,8 @@ def build_core(
         scheduler = _make_scheduler(model, config, count, length)
         core = EngineCore(scheduler, runner, config.seed, overlap)
         core.recorder = recorder
+        core.grammars.source = model.grammars
+        runner.follower.waiting = lambda: core.precedence.waiting()
         plan_tiers(core, config.show_progress)
         undo.pop_all()
     return core, length
@@ -298,7 +368,7 @@ def _measure(model: LoadedModel, config: EngineConfig) -> int:
 
 
 def build_pipeline(
-    model: LoadedModel,
+    model: LoadedModel | FrontModel,
     config: EngineConfig,
     max_model_len: int,
     recorder: SpanRecorder | None = None,
@@ -311,10 +381,11 @@ def build_pipeline(
         family=model.family,
         checkpoint_identity=model.checkpoint.identity,
         config=config,
-        vocab_size=model.decoder.vocab_size,
+        vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         stop_token_ids=eos_token_ids(model.checkpoint.generation_config, model.processor.tokenizer),
-        pin_for=model.device if model.device.type == "cuda" else None,
+        pin_for=model.pin_for,
         recorder=recorder,
         give_way=give_way,
+        grammars=model.grammars if isinstance(model, LoadedModel) else None,
     )

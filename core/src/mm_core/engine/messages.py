@@ -154,7 +154,7 @@ class TokenOutput(NamedTuple):  # one a sequence and step: half the cost of a da
     """One token, or the end, of one answer.
 
     cached_tokens and encoded_rows count for the request so far. error is set where the request
-    failed; finish_reason ends the answer.
+    failed; finish_reason ends the answer. started: `time.perf_counter()` when it was first scheduled.
     """
 
     request_id: str
@@ -166,6 +166,7 @@ class TokenOutput(NamedTuple):  # one a sequence and step: half the cost of a da
     cached_tokens: int = 0
     encoded_rows: int = 0
     error: MMError | None = None
+    started: float | None = None
 
 
 Message = Submit | Abort | ClearCache | CacheQuery

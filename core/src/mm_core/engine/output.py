@@ -245,6 +245,9 @@ class RequestText:
         self._request = request
         self._params: SamplingParams = request.params
         self._at_end = not stream and not self._params.stop
+        # An answer that follows a grammar may end with its last token, no other being needed to say so.
+        ends = request.stop_token_ids.union(self._params.stop_token_ids)
+        self._ends = None if self._params.structured is None else ends
         self._tokenizer = tokenizer
         self._finish_hook = finish_hook
         self._token_texts: dict[int, str] = {}
@@ -272,8 +275,7 @@ class RequestText:
     def shown(self, index: int, finish_reason: str | None) -> list[int]:
         """The tokens that the text of an ended answer is made of; the last one was appended."""
         ids = self._answers[index].token_ids
-        ended = finish_reason == FinishReason.STOP and not self._params.include_stop_str_in_output
-        return ids[:-1] if ended else list(ids)
+        return list(ids) if self._hidden_token(ids, finish_reason) is None else ids[:-1]
 
     def end(self, index: int, text: str, finish_reason: str, stop_reason: int | None) -> None:
         """End an answer of a `plain` request; text: of its tokens `shown`."""
@@ -332,6 +334,7 @@ class RequestText:
             usage=usage if usage.completion_tokens == kept else replace(usage, completion_tokens=kept),
             finished=all(output.finish_reason is not None for output in outputs),
             metrics=metrics,
+            warnings=self._request.warnings,
         )
 
     def _new_answer(self, index: int) -> _Answer:
@@ -341,6 +344,8 @@ class RequestText:
     def _hidden_token(self, new_token_ids: Sequence[int], finish_reason: str | None) -> int | None:
         """Place of the token that ended the answer, which is kept but not shown."""
         ended = finish_reason == FinishReason.STOP and not self._params.include_stop_str_in_output
+        if ended and self._ends is not None and new_token_ids and new_token_ids[-1] not in self._ends:
+            return None
         return len(new_token_ids) - 1 if ended else None
 
     def _add_token(self, answer: _Answer, token: int, logprobs: Mapping[int, Logprob] | None) -> None:

@@ -7,12 +7,14 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mm_core.config import SamplingParams
 from mm_core.engine.frontend import Frontend
 from mm_core.errors import BatchError, ConfigError, EngineClosedError, InvalidParamsError, MMError, PluginError
-from mm_core.types import RequestOutput, TaskRequest
+from mm_core.inputs.messages import ChatPrompt
+from mm_core.types import RequestOutput, TaskOptions, TaskProgress, TaskRequest, TextPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,15 @@ _Event = tuple["_Waiting", int, RequestOutput | MMError]
 class TaskRun:
     """One task under way. Raises ConfigError for an unknown task, InvalidParamsError for arguments that it does
     not take, EngineClosedError, whatever of the MMError tree the task raises, and PluginError for anything else.
+    The listeners of `options` are called in the thread that `advance` is.
 
     `result` is the task's once `advance` gave None.
     """
 
-    def __init__(self, frontend: Frontend, name: str, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, frontend: Frontend, name: str, inputs: Mapping[str, Any], options: TaskOptions | None = None
+    ) -> None:
+        self._options = options or TaskOptions()
         model = vars(frontend).get("model")
         if model is None:
             raise EngineClosedError("The engine is closed. Make a new one with Engine.from_pretrained(...).")
@@ -42,12 +48,14 @@ class TaskRun:
         started = self._guarded(lambda: task(**inputs))
         if not isinstance(started, Generator):
             raise PluginError(f"{self._where} gave a {type(started).__name__}. A task is a generator function.")
-        self._generator: Generator[Sequence[TaskRequest], Sequence[RequestOutput], Any] = started
+        self._generator: Generator[Sequence[TaskRequest] | TaskProgress, Sequence[RequestOutput], Any] = started
 
     def advance(self, outcome: Outcome = ()) -> list[TaskRequest] | None:
         """Hand over what came of the requests before (nothing, at the start): their outputs in order, or the
         error of one, which is thrown into the task. The next requests, or None at the end."""
         try:
+            for output in () if isinstance(outcome, MMError) else outcome:
+                self._tell(self._options.on_output, output)
             return self._guarded(lambda: self._next(outcome))
         except BaseException:
             self.close()
@@ -66,6 +74,9 @@ class TaskRun:
                 requests = self._generator.throw(outcome)
             else:
                 requests = self._generator.send(outcome) if outcome else next(self._generator)
+            while isinstance(requests, TaskProgress):
+                self._tell(self._options.on_progress, requests.value)
+                requests = self._generator.send(())
         except StopIteration as end:
             self.result = end.value
             return None
@@ -75,7 +86,15 @@ class TaskRun:
             raise PluginError(f"{self._where} yielded {type(requests).__name__}. It yields lists of TaskRequest.")
         if not requests:
             raise PluginError(f"{self._where} yielded no request. It yields at least one, or returns.")
-        return list(requests)
+        return [_salted(request, self._options.cache_salt) for request in requests]
+
+    def _tell(self, listener: Callable[[Any], None] | None, value: Any) -> None:
+        if listener is None:
+            return
+        try:
+            listener(value)
+        except Exception:  # it is not the task's, which goes on
+            logger.warning("%s: its listener failed", self._where, exc_info=True)
 
     def _guarded(self, step: Callable[[], T]) -> T:
         try:
@@ -101,6 +120,22 @@ def _check_arguments(name: str, task: Callable[..., Any], inputs: Mapping[str, A
         )
 
 
+def _salted(request: TaskRequest, salt: str | None) -> TaskRequest:
+    """The request in the caller's caches, whatever salt the task gave it."""
+    prompt: Any = request.prompt
+    if salt is None:
+        return request
+    if isinstance(prompt, str):
+        prompt = TextPrompt(prompt=prompt, cache_salt=salt)
+    elif isinstance(prompt, list | tuple):
+        prompt = ChatPrompt(prompt, cache_salt=salt)
+    elif isinstance(prompt, Mapping):
+        prompt = {**prompt, "cache_salt": salt}
+    elif isinstance(prompt, TextPrompt | ChatPrompt):
+        prompt = replace(prompt, cache_salt=salt)
+    return replace(request, prompt=prompt)
+
+
 class _Waiting:
     """The requests that a task waits for."""
 
@@ -120,7 +155,10 @@ class TaskDriver:
     take memory), and a task whose requests are done comes before one that has not begun.
     """
 
-    def __init__(self, frontend: Frontend, name: str, on_end: Callable[[], Any]) -> None:
+    def __init__(
+        self, frontend: Frontend, name: str, on_end: Callable[[], Any], options: TaskOptions | None = None
+    ) -> None:
+        self._options = options or TaskOptions()
         self._frontend = frontend
         self._name = name
         self._on_end = on_end
@@ -150,7 +188,7 @@ class TaskDriver:
 
     def _begin(self, place: int, inputs: Mapping[str, Any]) -> None:
         try:
-            run = TaskRun(self._frontend, self._name, inputs)
+            run = TaskRun(self._frontend, self._name, inputs, self._options)
         except MMError as error:
             self._end(place, error)
         else:
@@ -177,7 +215,9 @@ class TaskDriver:
         params = SamplingParams() if request.params is None else request.params
         template = request.apply_chat_template
         try:
-            added = self._frontend.add(request.prompt, params, listener, apply_chat_template=template)
+            added = self._frontend.add(
+                request.prompt, params, listener, apply_chat_template=template, allow_paths=self._options.allow_paths
+            )
         except MMError as error:
             listener(error)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from mm_core.config import EngineConfig
 from mm_core.engine.startup import StartupTimes
@@ -48,6 +49,7 @@ class EngineWarmUp:
         )
         self._rehearsal = Rehearsal(sizes)
         self._capacity = config.encoder_cache_tokens
+        self._vocab_size = decoder.vocab_size
         self._media: Steps = ()
         self._warm_up = WarmUp(KernelCompiler(device), [modules.encoder, decoder, modules.fusion])
         with out_of_memory("warming up", SMALLER_STEP):
@@ -59,7 +61,8 @@ class EngineWarmUp:
     def begin_text(self, startup: StartupTimes) -> None:
         """Begin to compile what the decoder and sampling need."""
         with startup.part("kernels: text", "Compiling kernels"), out_of_memory("warming up", SMALLER_STEP):
-            self._warm_up.begin(rehearse(self._runner, self._rehearsal.text_steps()))
+            masks = partial(self._runner.follower.rehearse, self._vocab_size)
+            self._warm_up.begin([*rehearse(self._runner, self._rehearsal.text_steps()), masks])
 
     def begin_media(self, startup: StartupTimes, features: Sequence[MediaFeature]) -> None:
         """Begin to compile what the encoder needs for such items."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ from mm_core.hookspecs import MediaRequest, Processor
 from mm_core.inputs.caches import MediaName, NameRegistry, Owner, ProcessorCache
 from mm_core.inputs.coordinator import Steps
 from mm_core.inputs.fetch import Fetched, Fetcher, is_quick
+from mm_core.inputs.limits import DecodedBudget
 from mm_core.inputs.messages import GivenItem
 from mm_core.inputs.pinning import Pinner
 from mm_core.inputs.prompt import guarded
 from mm_core.media.decode import MediaLimits
+from mm_core.media.decoder import Decoder
 from mm_core.media.video import VideoSampling
 from mm_core.types import MediaFeature, MediaItem, Modality
 
@@ -27,14 +29,16 @@ MAX_NAMES = 65536
 @dataclass(frozen=True)
 class MediaJob:
     """What all items of one request share. namespace: see `hashing.media_key`. peek: leave caches and names as they
-    are, to the order of their use."""
+    are, to the order of their use. warnings: what the caller should know of the items, added as they come."""
 
     request: MediaRequest
     salt: str | None
     namespace: bytes
     sampling: VideoSampling
     allow_paths: bool
+    budget: DecodedBudget
     peek: bool = False
+    warnings: list[str] = field(default_factory=list)
 
 
 def _name(job: MediaJob, modality: Modality, uuid: str) -> MediaName:
@@ -45,7 +49,7 @@ def _name(job: MediaJob, modality: Modality, uuid: str) -> MediaName:
 class MediaLoader:
     """Processor cache and uuid registry of one pipeline.
 
-    in_pool(name, work) begins work in a thread of the pool. give_way: see `Coordinator`.
+    in_pool(name, work) begins work in a thread of the pool. give_way: see `Coordinator`. decoder: see `Fetcher`.
     """
 
     processor: Processor
@@ -56,10 +60,11 @@ class MediaLoader:
     pinner: Pinner
     in_pool: Callable[[str, Callable[[], Any]], Future[Any]]
     give_way: Callable[[], None]
+    decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         self.cache = ProcessorCache(self.cache_size)
-        self.fetcher = Fetcher(self.hasher, self.limits)
+        self.fetcher = Fetcher(self.hasher, self.limits, self.decoder)
         self.pinned: set[Owner] = set()
         self.names = NameRegistry(MAX_NAMES)
 
@@ -69,13 +74,13 @@ class MediaLoader:
         loaded = yield from self._load_all([items[i] for i in fresh], job)
         found = dict(zip(fresh, loaded, strict=True))
         for index, (media, _) in found.items():
+            _warn(media, index, job)
             uuid = items[index].uuid
             if uuid is not None and not job.peek:
                 self.names.put(_name(job, media.modality, uuid), replace(media, data=None))
         features = []
         for index, item in enumerate(items):
-            feature = found[index][1] if index in found else (yield from self._recall(item, job))
-            features.append(feature)
+            features.append(found[index][1] if index in found else (yield from self._recall(item, index, job)))
         return features
 
     def _load_all(self, items: Sequence[GivenItem], job: MediaJob) -> Steps[list[tuple[MediaItem, MediaFeature]]]:
@@ -112,7 +117,8 @@ class MediaLoader:
                     found.cancel()
 
     def _fetch(self, item: GivenItem, job: MediaJob) -> Fetched:
-        return self.fetcher.fetch(
+        job.budget.check()
+        found = self.fetcher.fetch(
             item.modality,
             item.value,
             job.sampling,
@@ -120,6 +126,8 @@ class MediaLoader:
             sampling_rate=getattr(self.processor, "sampling_rate", None),
             salt=job.salt,
         )
+        job.budget.take(found.item)
+        return found
 
     def _begin_feature(self, fetched: Fetched, uuid: str | None, job: MediaJob) -> MediaFeature | Future[MediaFeature]:
         """The feature if it is cached; else the future of its making, which begins unless it has."""
@@ -143,7 +151,7 @@ class MediaLoader:
             error = CancelledError() if done.cancelled() else done.exception()
             self.cache.fail(key, mine, error or RuntimeError("nothing was prepared"))
 
-    def _recall(self, given: GivenItem, job: MediaJob) -> Steps[MediaFeature]:
+    def _recall(self, given: GivenItem, index: int, job: MediaJob) -> Steps[MediaFeature]:
         """The feature of the latest content given under a uuid, in the same salt."""
         media = self.names.get(_name(job, given.modality, given.uuid or ""), touch=not job.peek)
         feature: MediaFeature | Future[MediaFeature] | None = None
@@ -155,6 +163,8 @@ class MediaLoader:
             feature = feature.result()
         if feature is None:  # never seen, evicted, or another salt's: one reply for all
             raise not_cached(given.modality, "multi_modal_uuids")
+        if media is not None:
+            _warn(media, index, job)
         return feature
 
     # -- by name ---------------------------------------------------------------------------
@@ -211,6 +221,15 @@ class MediaLoader:
                 f"{item.modality!r} with at least one row. Report it to the plugin's author."
             )
         return replace(feature, key=key, uuid=uuid)
+
+
+def _warn(media: MediaItem, index: int, job: MediaJob) -> None:
+    """A file that was cut off is used as far as it goes, which its sender has to know."""
+    if media.info.get("cut_off"):
+        seconds = media.info["samples"] / media.info["sample_rate"]
+        job.warnings.append(
+            f"Item {index + 1} ({media.modality}) was cut off: {seconds:.2f} s of it are there and were used."
+        )
 
 
 def not_cached(what: str, param: str) -> MediaNotCachedError:

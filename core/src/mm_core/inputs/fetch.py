@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFile
 
-from mm_core.errors import UnsupportedMediaError
+from mm_core.errors import MediaDecodeError, UnsupportedMediaError
 from mm_core.hashing import Hasher, encode_fields, media_digest
 from mm_core.inputs.caches import LruMap
-from mm_core.media.audio import Audio, decode_audio, given_samples
-from mm_core.media.decode import (
-    MediaLimits,
-    array_to_image,
-    decode_image,
-    packed_rgb,
-    to_rgb,
-)
+from mm_core.media.audio import Audio, given_samples
+from mm_core.media.decode import MediaLimits, array_to_image, packed_rgb, to_rgb
+from mm_core.media.decoder import Decoder, LocalDecoder
 from mm_core.media.encoded import read_encoded
-from mm_core.media.video import Video, VideoSampling, decode_video, frames_to_video
+from mm_core.media.video import INVALID, Video, VideoSampling, check_frames, frames_to_video
 from mm_core.types import MediaItem, Modality
 
 QUICK_PIXELS = 2**19
@@ -38,15 +33,16 @@ class Fetched:
 
 
 class Fetcher:
-    """Values to items. Thread-safe.
+    """Values to items. Thread-safe. decoder: of encoded bytes; None: the thread that asks decodes them.
 
     A digest of encoded bytes is remembered as an alias of the content's digest, so that a picture
     sent again is recognised without decoding it.
     """
 
-    def __init__(self, hasher: Hasher, limits: MediaLimits) -> None:
+    def __init__(self, hasher: Hasher, limits: MediaLimits, decoder: Decoder | None = None) -> None:
         self._hasher = hasher
         self._limits = limits
+        self._decoder = decoder or LocalDecoder(limits)
         self._aliases: LruMap[bytes, MediaItem] = LruMap(MAX_ALIASES)
         # Loading a lazily opened PIL image is not thread-safe, and two requests may share one.
         self._pil_lock = threading.Lock()
@@ -64,7 +60,7 @@ class Fetcher:
         """Recognise one value; decode it, unless its bytes were seen before.
 
         image: PIL image, path, bytes, `data:` URL, array [height, width, 3] or [height, width].
-        video: path, bytes, `data:` URL, frames (a list of images, or [n, height, width, 3]),
+        video: path, bytes, `data:` URL, frames (a list of images, or of encoded ones, or [n, height, width, 3]),
         `(frames, fps)`, `{"frames": …, "fps": …}`. audio: path, bytes, `data:` URL, `(samples, rate)`
         as `media.samples_to_audio` takes it.
         sampling: which frames of a video are kept. sampling_rate: what sound is resampled to (Hz; None: it
@@ -76,7 +72,7 @@ class Fetcher:
         if isinstance(value, memoryview | bytearray):
             value = bytes(value)
         if isinstance(value, str | Path):
-            value = read_encoded(modality, value, self._limits.max_encoded_bytes, allow_paths=allow_paths)
+            value = read_encoded(modality, value, self._limits, allow_paths=allow_paths)
         if isinstance(value, bytes):
             return self._fetch_encoded(modality, value, sampling, sampling_rate, salt)
         if modality == "image" and is_plain(value):
@@ -95,11 +91,12 @@ class Fetcher:
 
         def load() -> MediaItem:
             if modality == "image":
-                item = self._image(decode_image(data, self._limits))
+                image, pixels = self._decoder.image(data)
+                item = self._image_item(image.size, pixels, image)
             elif modality == "video":
-                item = self._video(decode_video(data, sampling, self._limits))
+                item = self._video(self._decoder.video(data, sampling))
             else:
-                item = self._audio(decode_audio(data, sampling_rate, self._limits))
+                item = self._audio(self._decoder.audio(data, sampling_rate))
             self._aliases.put(alias, MediaItem(modality, item.digest, None, item.info))
             return item
 
@@ -122,6 +119,8 @@ class Fetcher:
     def _from_object(self, modality: Modality, value: Any, sampling: VideoSampling) -> MediaItem:
         if modality == "video":
             frames, fps = _frames_of(value)
+            if isinstance(frames, list | tuple) and frames and isinstance(frames[0], bytes):
+                frames = self._decode_frames(frames)
             return self._video(frames_to_video(frames, fps, sampling, self._limits))
         if isinstance(value, ImageFile.ImageFile):
             with self._pil_lock:
@@ -134,10 +133,27 @@ class Fetcher:
             f"An image cannot be a {type(value).__name__}. Pass a PIL image, a path, bytes, a data: URL, or an array."
         )
 
+    def _decode_frames(self, frames: Sequence[Any]) -> list[Image.Image]:
+        """Frames that are encoded each by itself, all of the first one's size, by which the ceilings are checked."""
+        decoded: list[Image.Image] = []
+        for frame in frames:
+            if not isinstance(frame, bytes):
+                raise UnsupportedMediaError("Frames are all encoded, or none of them. Decode the encoded ones.")
+            try:
+                decoded.append(self._decoder.image(frame)[0])
+            except MediaDecodeError as error:
+                error.code = INVALID
+                raise
+            if len(decoded) == 1:
+                check_frames(len(frames), decoded[0].width, decoded[0].height, self._limits)
+            elif decoded[-1].size != decoded[0].size:
+                raise MediaDecodeError("The frames are not of one size. Scale them to that of the first.", code=INVALID)
+        return decoded
+
     def _image(self, image: Image.Image) -> MediaItem:
         return self._image_item(image.size, image.tobytes(), image)
 
-    def _image_item(self, size: tuple[int, int], pixels: bytes, image: Image.Image | None) -> MediaItem:
+    def _image_item(self, size: tuple[int, int], pixels: Any, image: Image.Image | None) -> MediaItem:
         width, height = size
         digest = media_digest(self._hasher, "image", ("RGB", height, width), pixels)
         return MediaItem("image", digest, image, {"width": width, "height": height})

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,13 +24,18 @@ from mm_core.hookspecs import Fusion, MediaRequest, Processor
 from mm_core.inputs.caches import ProcessorCacheStats
 from mm_core.inputs.coordinator import Coordinator, Steps, nobody
 from mm_core.inputs.features import MediaJob, MediaLoader
+from mm_core.inputs.limits import DecodedBudget, check_knobs, make_decoder, media_limits
 from mm_core.inputs.messages import Given, PromptLike, check_salt, read_prompt
 from mm_core.inputs.pinning import Pinner
+from mm_core.inputs.pool import Pool
 from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, is_long, too_long
 from mm_core.inputs.sources import Parts, SourceMaker
 from mm_core.inputs.warm import WarmPrompt, read_warm
-from mm_core.media.decode import MediaLimits
+from mm_core.media.audio import Audio
+from mm_core.media.timing import TimedDecoder
 from mm_core.media.video import VideoSampling
+from mm_core.structured.grammars import Grammars, outcome
+from mm_core.structured.tokens import read_tokens
 from mm_core.tracing import Span, SpanRecorder
 from mm_core.types import MediaFeature, Modality, PlaceholderRange, PreparedRequest
 
@@ -69,7 +74,7 @@ class InputPipeline:
     logits. stop_token_ids: what ends an answer, e.g. `eos_token_ids(...)`; the processor's own are
     added. pin_for: put features into pinned memory, from which this GPU copies by itself. recorder:
     gets a span a request. give_way: called before each stretch of Python, to let more urgent
-    threads go first.
+    threads go first. grammars: those that the engine core has, where it is in this process.
     """
 
     processor: Processor
@@ -83,27 +88,31 @@ class InputPipeline:
     pin_for: torch.device | None = None
     give_way: Callable[[], None] = nobody
     recorder: SpanRecorder | None = None
+    grammars: Grammars | None = None
 
     def __post_init__(self) -> None:
         config = self.config
         self._hasher = get_hasher(config.hash_algorithm)
-        limits = MediaLimits(max_image_pixels=config.max_image_pixels, max_video_frames=config.max_video_frames)
         self._renderer = PromptRenderer(self.processor, self.family, self.vocab_size, self.max_model_len)
         pinner = Pinner(self.pin_for, config.processor_cache_size)
+        self._decoder = TimedDecoder(make_decoder(config))
         self._media = MediaLoader(
-            self.processor, self.family, self._hasher, limits, config.processor_cache_size, pinner, self._in_pool,
-            self.give_way,
+            self.processor, self.family, self._hasher, media_limits(config), config.processor_cache_size, pinner,
+            self._in_pool, self.give_way, self._decoder,
         )  # fmt: skip
         own = self.processor.default_sampling()
         self._stop_ids = frozenset(self.stop_token_ids) | frozenset(own.stop_token_ids)
         self._logits_processors = tuple(own.logits_processors)
+        self._grammars = self.grammars or Grammars(
+            lambda: read_tokens(self.processor.tokenizer, self.vocab_size, self._stop_ids)
+        )
         self._sources = SourceMaker(self.fusion, self.family, self.processor.modalities, self.vocab_size, self._hasher)
         kv_config = config.kv_cache_config
         self._block_size: int = kv_config.block_size if kv_config.enable_block_reuse else 0
         self._plain_checked = False
         self._namespace = self._namespace_of(None)
         threads = config.preprocess_threads or min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mm-media", initializer=pinner.start_thread)
+        self._pool = Pool(threads, "mm-media", pinner.start_thread)
         pinner.warm(min(config.max_num_seqs, MAX_WARM))
         self._coordinator = Coordinator("mm-inputs", self.give_way)
 
@@ -137,6 +146,20 @@ class InputPipeline:
             return read_warm(prompt, self.family, self.processor.modalities)
         return read_prompt(prompt, self.family, self.processor.modalities)
 
+    def tokenize(self, prompt: PromptLike, apply_chat_template: bool | None = None) -> list[int]:
+        """A prompt's ids, each item of media being one placeholder (no media are touched). Raises RequestError."""
+        return self._renderer.render(self.read(prompt), apply_chat_template)
+
+    def decode_audio(self, data: bytes) -> Future[Audio]:
+        """A recording's samples, mono, at the rate that the model hears (its own, where the model hears none). Its
+        errors (MediaError and its kinds) come through the future. Raises EngineClosedError after close()."""
+        rate = getattr(self.processor, "sampling_rate", None)
+        return self._in_pool("audio", lambda: self._decoder.audio(data, rate))
+
+    def warm_grammars(self) -> None:
+        """Do now what the first request with a grammar would wait for. Raises MissingExtraError."""
+        self._grammars.warm()
+
     @property
     def media(self) -> MediaLoader:
         """Features and names."""
@@ -146,11 +169,17 @@ class InputPipeline:
         """The processor cache's counters."""
         return self._media.cache.stats()
 
+    def decoded(self) -> dict[str, dict[str, float]]:
+        """Items that were decoded, and seconds, by modality."""
+        return self._decoder.taken()
+
     def close(self) -> None:
         """Cancel what waits, for its turn or for media not begun, and wait for what runs."""
         self._coordinator.refuse()
+        self._decoder.close()
+        self._grammars.close()
         try:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown()
         finally:
             self._coordinator.close()
 
@@ -163,16 +192,22 @@ class InputPipeline:
         self._sources.check(counts)
         self._check_counts(counts)
         self._check_kwargs(given.processor_kwargs)
+        if ask.params.structured is not None and not ask.peek:
+            compiled = self._grammars.start(ask.params.structured, check=True)
+            yield compiled
+            outcome(compiled)
         if is_long(given):
             ids = yield from self._apart("tokenize", lambda: self._renderer.render(given, ask.template))
         else:
             ids = self._renderer.render(given, ask.template)
         features: list[MediaFeature] = []
+        warnings: tuple[str, ...] = ()
         if given.items:
             self.give_way()
-            features = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask)
+            features, warnings = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask)
             self.give_way()
-        return self._put_together(ask, given, ids, features)
+        prepared = self._put_together(ask, given, ids, features)
+        return replace(prepared, warnings=warnings) if warnings else prepared
 
     def _put_together(self, ask: _Ask, given: Given, ids: list[int], features: list[MediaFeature]) -> PreparedRequest:
         salt = given.cache_salt
@@ -214,7 +249,8 @@ class InputPipeline:
 
     def _in_pool(self, name: str, work: Callable[[], T]) -> Future[T]:
         try:
-            return self._pool.submit(work if self.recorder is None else lambda: self._timed(name, work))
+            timed = work if self.recorder is None else lambda: self._timed(name, work)
+            return self._pool.submit(timed, first=name == "prepare")
         except RuntimeError:
             raise EngineClosedError("The engine was closed before the request was ready.") from None
 
@@ -253,6 +289,7 @@ class InputPipeline:
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """The plugin's check; that no options at all are right needs to be asked only once."""
         if kwargs or not self._plain_checked:
+            check_knobs(kwargs, self.config)
             guarded(self.family, "check_kwargs", lambda: self.processor.check_kwargs(kwargs))
             self._plain_checked = self._plain_checked or not kwargs
 
@@ -296,13 +333,16 @@ class InputPipeline:
             )
         return positions, int(delta)
 
-    def _features(self, given: Given, request: MediaRequest, ask: _Ask) -> Steps[list[MediaFeature]]:
-        """Features of all items, in the order given."""
+    def _features(
+        self, given: Given, request: MediaRequest, ask: _Ask
+    ) -> Steps[tuple[list[MediaFeature], tuple[str, ...]]]:
+        """Features of all items, in the order given, and what the caller should know of them."""
         namespace = self._salted(given.cache_salt)
         sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
-        job = MediaJob(request, given.cache_salt, namespace, sampling, ask.allow_paths, ask.peek)
+        budget = DecodedBudget(self.config.max_decoded_bytes)
+        job = MediaJob(request, given.cache_salt, namespace, sampling, ask.allow_paths, budget, ask.peek)
         try:
-            return (yield from self._media.load(given.items, job))
+            return (yield from self._media.load(given.items, job)), tuple(job.warnings)
         except RequestError as error:
             error.param = error.param or "multi_modal_data"
             raise

@@ -298,6 +298,14 @@ def choose_tokens(
             launch.out[1, row] = int(usable)
 
 
+def mask_(scores: Tensor, rows: Tensor, masks: Tensor, places: Tensor) -> None:
+    """See `mm_core.kernels.grammar_mask.mask_`."""
+    tokens = torch.arange(scores.shape[1])
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        allowed = (masks[place][tokens // 32] >> (tokens % 32)) & 1
+        scores[row, allowed == 0] = float("-inf")
+
+
 def penalise_(
     scores: Tensor,
     rows: Tensor,

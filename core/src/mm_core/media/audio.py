@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from typing import Any
 import numpy as np
 
 from mm_core.errors import MediaDecodeError, MediaError, MediaTooLargeError, MissingExtraError, UnsupportedMediaError
-from mm_core.media.decode import DEFAULT_LIMITS, MediaLimits
+from mm_core.media.decode import DEFAULT_LIMITS, MediaLimits, out_of_memory
 from mm_core.media.encoded import read_encoded
 from mm_core.media.sniff import audio_format, video_demuxer, wav_is_cut_off
 
 logger = logging.getLogger(__name__)
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray[Any, Any]]
+"""Gives an array of a shape and dtype, as `numpy.empty` does: where the result goes."""
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
 MAX_CHANNELS = 8
 """An array's axis of at most so many entries is that of the channels."""
+MAX_FILE_CHANNELS = 64
 INVALID = "invalid_audio"
-_BLOCK_FRAMES = 2**18
+_BLOCK_SAMPLES = 2**18
 _UNKNOWN_FRAMES = 2**63 - 1
 _LOUDEST = 1e12  # from 1e18 on a spectrum's powers are infinite
 # What full scale is, by the dtype of integer samples; uint8 has its zero at 128 (as in WAV files).
@@ -53,7 +57,7 @@ def load_audio(value: Any, sampling_rate: int | None = None, limits: MediaLimits
     What `decode_audio` and `samples_to_audio` say holds, errors included.
     """
     if isinstance(value, str | Path):
-        value = read_encoded("audio", value, limits.max_encoded_bytes)
+        value = read_encoded("audio", value, limits)
     if isinstance(value, bytes | bytearray | memoryview):
         return decode_audio(bytes(value), sampling_rate, limits)
     return given_samples(value, sampling_rate, limits)
@@ -69,7 +73,12 @@ def given_samples(value: Any, sampling_rate: int | None, limits: MediaLimits) ->
     return samples_to_audio(*value, sampling_rate, limits)
 
 
-def decode_audio(data: bytes, sampling_rate: int | None = None, limits: MediaLimits = DEFAULT_LIMITS) -> Audio:
+def decode_audio(
+    data: bytes,
+    sampling_rate: int | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    allocate: Allocate = np.empty,
+) -> Audio:
     """An encoded sound (WAV, FLAC, Ogg Vorbis or Opus, MP3; the first sound of an MP4, WebM or AVI), told by
     content, at `sampling_rate` Hz where that is given, else at its own.
 
@@ -87,10 +96,12 @@ def decode_audio(data: bytes, sampling_rate: int | None = None, limits: MediaLim
         )
     try:
         if demuxer is not None:
-            return _decode_container(data, demuxer, sampling_rate, limits)
-        return _decode_file(data, sampling_rate, limits)
+            return _decode_container(data, demuxer, sampling_rate, limits, allocate)
+        return _decode_file(data, sampling_rate, limits, allocate)
     except (MediaError, MissingExtraError):
         raise
+    except MemoryError as error:
+        raise out_of_memory("audio_too_long") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise MediaDecodeError(
             "The audio is damaged or cut off and cannot be decoded. Export it again (WAV or FLAC) and resend it.",
@@ -98,18 +109,19 @@ def decode_audio(data: bytes, sampling_rate: int | None = None, limits: MediaLim
         ) from error
 
 
-def _decode_file(data: bytes, sampling_rate: int | None, limits: MediaLimits) -> Audio:
+def _decode_file(data: bytes, sampling_rate: int | None, limits: MediaLimits, allocate: Allocate) -> Audio:
     soundfile = _require("soundfile")
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         rate = file.samplerate
         announced = file.frames
         if announced == _UNKNOWN_FRAMES:  # a FLAC that was written to a pipe
             announced, file.seekable = 0, lambda: False  # or soundfile would seek to the end, and fail
+        _check_channels(file.channels)
         kept = _Mixer(rate, sampling_rate, limits)
         kept.check(announced, file.channels)
         seen = 0
         while True:
-            block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # [frames, channels]
+            block = file.read(_BLOCK_SAMPLES // file.channels, dtype="float32", always_2d=True)  # [frames, channels]
             if not len(block):
                 break
             seen += len(block)
@@ -117,22 +129,26 @@ def _decode_file(data: bytes, sampling_rate: int | None, limits: MediaLimits) ->
     cut_off = seen < announced or wav_is_cut_off(data)
     if cut_off:
         logger.warning("an audio file was cut off: %.2f s of it are there and are used", seen / rate)
-    return kept.finish(cut_off)
+    return kept.finish(cut_off, allocate)
 
 
-def _decode_container(data: bytes, demuxer: str, sampling_rate: int | None, limits: MediaLimits) -> Audio:
+def _decode_container(
+    data: bytes, demuxer: str, sampling_rate: int | None, limits: MediaLimits, allocate: Allocate
+) -> Audio:
     av = _require("av")
     with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
         if not container.streams.audio:
             raise MediaDecodeError("The file has no audio stream. Send a file with sound.", code="no_audio_stream")
         stream = container.streams.audio[0]
+        stream.codec_context.thread_count = limits.decoder_threads
+        _check_channels(stream.channels)
         kept = _Mixer(stream.rate, sampling_rate, limits)
         kept.check(int(stream.duration * stream.time_base * stream.rate) if stream.duration else 0, stream.channels)
         to_float = av.AudioResampler(format="fltp")  # layout and rate stay as they are
         for frame in container.decode(stream):
             for part in to_float.resample(frame):
                 kept.add(part.to_ndarray(), 0)  # [channels, frames]
-    return kept.finish(False)
+    return kept.finish(False, allocate)
 
 
 class _Mixer:
@@ -164,13 +180,14 @@ class _Mixer:
         _check_finite(mono)
         self._put(mono if self._stream is None else self._stream.resample_chunk(mono))
 
-    def finish(self, cut_off: bool) -> Audio:
+    def finish(self, cut_off: bool, allocate: Allocate) -> Audio:
         """The whole sound; MediaDecodeError where there is none."""
         if self._stream is not None:
             self._put(self._stream.resample_chunk(np.zeros(0, np.float32), last=True))
         if not self._kept:
             raise _empty("The audio has no samples. Send a longer sound.")
-        return Audio(np.concatenate(self._parts), self._target, cut_off)
+        samples = np.concatenate(self._parts, out=allocate((self._kept,), np.float32))
+        return Audio(samples, self._target, cut_off)
 
     def _put(self, samples: Samples) -> None:
         self._kept += len(samples)
@@ -269,12 +286,20 @@ def check_rate(rate: Any) -> int:
     return value
 
 
+def _check_channels(count: int) -> None:
+    if not 1 <= count <= MAX_FILE_CHANNELS:
+        raise MediaDecodeError(
+            f"The audio has {count} channels; 1 to {MAX_FILE_CHANNELS} are read. Mix them down to one.", code=INVALID
+        )
+
+
 def check_length(samples: int, rate: int, limits: MediaLimits) -> None:
     """Raise MediaTooLargeError where mono samples at `rate` Hz are more than may be kept."""
-    if samples > limits.max_audio_samples:
-        seconds, most = samples / rate, limits.max_audio_samples / rate
+    most = min(limits.max_audio_samples, int(limits.max_audio_seconds * rate))
+    if samples > most:
         raise MediaTooLargeError(
-            f"The audio has {seconds:.0f} s or more; at {rate} Hz the limit is {most:.0f} s. Cut it into parts.",
+            f"The audio has {samples / rate:.0f} s or more; at {rate} Hz the limit is {most / rate:.0f} s. "
+            "Cut it into parts.",
             code="audio_too_long",
         )
 

@@ -46,6 +46,7 @@ class MediaLimits:
     kept frames of one video together (3 bytes a pixel). max_source_frames: frames in a video
     file, as only some of them are kept but all up to the last kept one are decoded. max_audio_samples:
     of one sound, mono, at the rate it is used at. max_source_samples: of one sound as given, all channels.
+    max_audio_seconds: of one sound. decoder_threads: of FFmpeg, for one file; 0: as it likes.
     """
 
     max_image_pixels: int = 64 * 2**20
@@ -55,6 +56,8 @@ class MediaLimits:
     max_source_frames: int = 200_000
     max_audio_samples: int = 2**28
     max_source_samples: int = 2**31
+    max_audio_seconds: float = 14400.0
+    decoder_threads: int = 0
 
 
 DEFAULT_LIMITS = MediaLimits()
@@ -139,10 +142,17 @@ def _load(data: bytes, kind: str, limits: MediaLimits) -> Image.Image:
         raise MediaTooLargeError(
             "The picture has more pixels than the image library opens. Scale it down.", code="image_too_large"
         ) from None
+    except MemoryError as error:
+        raise out_of_memory("image_too_large") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise MediaDecodeError(
             f"The {kind} image is damaged or cut off and cannot be decoded. Save it again and resend it."
         ) from error
+
+
+def out_of_memory(code: str) -> MediaTooLargeError:
+    """The error for a file that takes more memory than its decoder may have."""
+    return MediaTooLargeError("Decoding the file takes more memory than is allowed. Send a smaller one.", code=code)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LINEAR_HZ = 200.0 / 3  # Hz a mel below the break
 _BREAK_HZ, _BREAK_MEL = 1000.0, 15.0
@@ -19,6 +20,8 @@ def mel_filters(n_mels: int, n_fft: int = 400, sampling_rate: int = 16000) -> Te
 
     Source of scale and areas: Slaney's Auditory Toolbox (1998), as `librosa.filters.mel` has them by default.
     """
+    import torch
+
     half = sampling_rate / 2
     edges = _to_hz(np.linspace(_to_mel(0.0), _to_mel(half), n_mels + 2))  # each filter's ends are its neighbours' tops
     bins = np.linspace(0.0, half, n_fft // 2 + 1)
@@ -49,6 +52,8 @@ def log_mel(
     Powers below 1e-10 count as 1e-10, and those 80 dB below the item's loudest as that. Waits for no device.
     Source: `log_mel_spectrogram` of openai/whisper, audio.py.
     """
+    import torch
+
     if window is None:
         window = torch.hann_window(n_fft, device=samples.device)
     spectrum = torch.stft(samples, n_fft, hop_length, window=window, return_complex=True)

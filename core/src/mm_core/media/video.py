@@ -6,9 +6,10 @@ can be opened. Only sampled frames are converted to RGB, in one sequential pass.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,15 @@ from mm_core.media.decode import (
     array_to_image,
     array_to_uint8,
     check_pixels,
+    out_of_memory,
     to_rgb,
 )
 from mm_core.media.sniff import video_demuxer
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
+Choose = Callable[[int, float], Sequence[int]]
+"""Indices of the frames to keep, ascending, of a video of so many frames at so many a second."""
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray[Any, Any]]
 INVALID = "invalid_video"
 
 
@@ -132,6 +137,14 @@ def decode_video(data: bytes, sampling: VideoSampling, limits: MediaLimits = DEF
     Raises MediaDecodeError (code "invalid_video"), MediaTooLargeError, UnsupportedMediaError, and
     MissingExtraError where PyAV is not installed.
     """
+    return decode_chosen(data, lambda total, fps: sample_indices(total, fps, sampling), limits)
+
+
+def decode_chosen(
+    data: bytes, choose: Choose, limits: MediaLimits = DEFAULT_LIMITS, allocate: Allocate = np.empty
+) -> Video:
+    """`decode_video` with the frames that `choose` names, into memory that `allocate` gives as `numpy.empty` does.
+    Needs no torch."""
     if not data:
         raise MediaDecodeError(
             "The video is empty (0 bytes). Send the bytes of an MP4, WebM or AVI file.", code=INVALID
@@ -143,9 +156,11 @@ def decode_video(data: bytes, sampling: VideoSampling, limits: MediaLimits = DEF
         )
     _require_av()
     try:
-        return _decode(data, demuxer, sampling, limits)
+        return _decode(data, demuxer, choose, limits, allocate)
     except (MediaError, InvalidParamsError):
         raise
+    except MemoryError as error:
+        raise out_of_memory(MediaTooLargeError.code) from error
     except Exception as error:  # demuxers and codecs raise whatever a damaged file makes them raise
         raise _damaged() from error
 
@@ -169,18 +184,20 @@ def _damaged() -> MediaDecodeError:
     )
 
 
-def _decode(data: bytes, demuxer: str, sampling: VideoSampling, limits: MediaLimits) -> Video:
+def _decode(data: bytes, demuxer: str, choose: Choose, limits: MediaLimits, allocate: Allocate) -> Video:
     total, fps = _scan(data, demuxer, limits)
-    indices = sample_indices(total, fps, sampling)
-    frames, seen = _pick(data, demuxer, indices, limits)
-    if len(frames) < len(indices):
+    indices = choose(total, fps)
+    frames, seen = _pick(data, demuxer, indices, limits, allocate)
+    if frames is None:
         # Some codecs have packets that show nothing; now the true number of frames is known.
         total = seen
         if total == 0:
             raise _damaged()
-        indices = sample_indices(total, fps, sampling)
-        frames, _ = _pick(data, demuxer, indices, limits)
-    return Video(np.stack(frames), fps, len(indices) / total * fps, tuple(i / fps for i in indices))
+        indices = choose(total, fps)
+        frames, _ = _pick(data, demuxer, indices, limits, allocate)
+        if frames is None:
+            raise _damaged()
+    return Video(frames, fps, len(indices) / total * fps, tuple(i / fps for i in indices))
 
 
 def _scan(data: bytes, demuxer: str, limits: MediaLimits) -> tuple[int, float]:
@@ -210,27 +227,44 @@ def _scan(data: bytes, demuxer: str, limits: MediaLimits) -> tuple[int, float]:
 
 
 def _pick(
-    data: bytes, demuxer: str, indices: Sequence[int], limits: MediaLimits
-) -> tuple[list[np.ndarray[Any, Any]], int]:
-    """The frames at `indices` (ascending, some perhaps more than once), and how many were decoded to get them."""
+    data: bytes, demuxer: str, indices: Sequence[int], limits: MediaLimits, allocate: Allocate
+) -> tuple[Frames | None, int]:
+    """The frames at `indices` (ascending, some perhaps more than once), or None where the video has not as many, and
+    how many were decoded to get them."""
     import av
 
-    found: dict[int, np.ndarray[Any, Any]]
-    wanted, found, seen = set(indices), {}, 0
+    slots: dict[int, list[int]] = {}
+    for slot, index in enumerate(indices):
+        slots.setdefault(index, []).append(slot)
+    frames: Frames | None = None
+    filled = seen = 0
     with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
+        container.streams.video[0].codec_context.thread_count = limits.decoder_threads
         for frame in container.decode(video=0):
-            if seen in wanted:
+            if seen in slots:
                 check_frames(len(indices), frame.width, frame.height, limits)
                 turns = round(frame.rotation / 90) % 4  # counter-clockwise, as numpy counts them
-                found[seen] = np.rot90(frame.to_ndarray(format="rgb24"), turns)
-                if found[seen].shape != found[min(found)].shape:
+                picture = np.rot90(_rgb(frame, limits), turns)
+                if frames is None:
+                    frames = allocate((len(indices), *picture.shape), np.uint8)
+                elif picture.shape != frames.shape[1:]:
                     raise MediaDecodeError(
                         "The video changes its resolution on the way. Export it with a constant one.", code=INVALID
                     )
+                frames[slots[seen]] = picture
+                filled += len(slots[seen])
             seen += 1
             if seen > indices[-1]:
                 break
-    return [found[index] for index in indices if index in found], seen
+    return frames if filled == len(indices) else None, seen
+
+
+def _rgb(frame: Any, limits: MediaLimits) -> np.ndarray[Any, Any]:
+    if limits.decoder_threads:
+        with contextlib.suppress(TypeError):  # a PyAV without this option converts in one thread
+            frame = frame.reformat(format="rgb24", threads=limits.decoder_threads)
+    pixels: np.ndarray[Any, Any] = frame.to_ndarray(format="rgb24")
+    return pixels
 
 
 def check_frames(count: int, width: int, height: int, limits: MediaLimits) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm_core.kernels.penalties import penalise_
 from mm_core.kernels.sample import Filters
 from mm_core.runner.columns import Column, Columns
+from mm_core.runner.guidance import Guidance
 from mm_core.runner.history import TokenHistory
 from mm_core.runner.processors import Processing
 
@@ -35,11 +36,23 @@ class _Operation:
         self.run(scores, *(column.tensor for column in self.columns))
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What some rows are subject to beside their parameters: what their logits processors do, and grammars that some
+    of them follow."""
+
+    processing: Processing | None = None
+    guidance: Guidance | None = None
+
+
+_NO_RULES = Rules()
+
+
 class DrawPart:
     """Rows of a launch that the argmax of their logits, with or without noise, is not enough for.
 
     index: where they stand in the launch, on the device. Either all of them have their
-    logits edited, or none. processing: what their logits processors do, if they have any.
+    logits edited, or none.
     Made once for as long as the batch stays the same, used at every step.
     """
 
@@ -50,14 +63,16 @@ class DrawPart:
         vocab: int,
         history: TokenHistory,
         columns: Columns,
-        processing: Processing | None = None,
+        rules: Rules = _NO_RULES,
     ) -> None:
         mine = [launch[i] for i in rows]
         self.index = columns.ints(rows)
         self.random = any(not row.params.greedy for row in mine)
-        self.processing = processing
+        self.processing = rules.processing
         self._before = _biases(mine, vocab, columns)
         self._after = [*_masks(mine, vocab, columns), *_penalties(mine, history, columns)]
+        if rules.guidance is not None:  # last: nothing may undo it
+            self._after += _grammars(rows, mine, rules.guidance, columns)
         self._filters = _FilterColumns([row.params for row in mine], vocab, columns)
 
     @property
@@ -118,7 +133,7 @@ def _limits(params: SamplingParams, vocab: int) -> bool:
 
 def edits(row: SamplingRow) -> bool:
     """Whether a row's logits are changed before its temperature, by something else than a processor."""
-    return bool(row.params.logit_bias) or row.masks_stops or row.params.penalised
+    return bool(row.params.logit_bias) or row.masks_stops or row.params.penalised or row.grammar is not None
 
 
 def filters(row: SamplingRow, vocab: int) -> bool:
@@ -174,6 +189,16 @@ def _penalties(rows: Sequence[SamplingRow], history: TokenHistory, columns: Colu
         columns.floats([p.presence_penalty for p in params]),
     )
     return [_Operation(partial(_penalise, history), given)]
+
+
+def _grammars(
+    rows: Sequence[int], mine: Sequence[SamplingRow], guidance: Guidance, columns: Columns
+) -> list[_Operation]:
+    at = [i for i, row in enumerate(mine) if row.grammar is not None]
+    if not at:
+        return []
+    places = guidance.places([rows[i] for i in at])
+    return [_Operation(guidance.apply, (columns.ints(at), columns.ints(places)))]
 
 
 def _add_bias(scores: Tensor, at: Tensor, tokens: Tensor, biases: Tensor) -> None:

@@ -17,6 +17,7 @@ from mm_core.hookspecs import Encoder
 from mm_core.runner.batch import Ints, MediaPlaces
 from mm_core.runner.memory import is_lost, is_out_of_memory
 from mm_core.runner.spans import DeviceSpans
+from mm_core.runner.stopwatch import Stopwatch
 from mm_core.scheduler.sequence import EncodeItem
 from mm_core.types import MediaFeature
 
@@ -38,6 +39,7 @@ class EncoderRows:
 
     def __init__(self, encoder: Encoder, family: str, capacity: int, device: torch.device, spans: DeviceSpans) -> None:
         self.calls = 0
+        self.clock = Stopwatch(device)
         self.restore: Callable[[Sequence[int], int], Tensor | None] | None = None  # `TransfersRunner.load_rows`
         self._damaged: set[bytes] = set()
         self._encoder = encoder
@@ -159,7 +161,7 @@ class EncoderRows:
     def _encode_pack(self, items: Sequence[EncodeItem]) -> dict[bytes, MMError]:
         try:
             cost = sum(self._encoder.cost(item.feature) for item in items)
-            with self._spans.span("encoder", "encode", items=len(items), cost=cost):
+            with self._spans.span("encoder", "encode", items=len(items), cost=cost), self.clock.running():
                 self._encode(items)
             return {}
         except Exception as error:

@@ -113,7 +113,7 @@ class HostMemory:
         """Give the memory back: no copy may be on its way. Idempotent."""
         if self._pinned:
             for array in self._bytes:
-                torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)  # type: ignore[no-untyped-call]
+                unpin(array)
         self._segments.clear()
         self._bytes.clear()
         self.num_slots = 0
@@ -133,6 +133,17 @@ def _pin(array: np.ndarray[Any, Any]) -> bool:
         with suppress(RuntimeError):  # the refusal must not be taken for a later call's
             torch.zeros(1, device="cuda")
     return not refused
+
+
+def pin(array: np.ndarray[Any, Any]) -> bool:
+    """Take all of the memory, and let the GPU copy from and to it; whether the system allows that."""
+    _touch(array)
+    return _pin(array)
+
+
+def unpin(array: np.ndarray[Any, Any]) -> None:
+    """Undo `pin`: no copy may be on its way."""
+    torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)  # type: ignore[no-untyped-call]
 
 
 def check_available(nbytes: int) -> None:

@@ -14,7 +14,7 @@ from mm_core.runner.logprobs import LogprobPart
 from mm_core.runner.processors import Processing
 from mm_core.types import Logprob
 
-_DEPTH = 4  # launches whose tokens may be on their way: an overlapped loop has two
+DEPTH = 4  # launches whose tokens may be on their way: an overlapped loop has two
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class Outbox:
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._trays = [Tray(max_rows, self._on_gpu) for _ in range(_DEPTH)]
+        self._trays = [Tray(max_rows, self._on_gpu) for _ in range(DEPTH)]
         self._turn = 0
 
     def next(self, rows: int) -> Tray:
         """The tray of the next launch. Its last tokens are collected first if nobody did, so that nothing
         on the device writes to it any more."""
-        self._turn = (self._turn + 1) % _DEPTH
+        self._turn = (self._turn + 1) % DEPTH
         tray = self._trays[self._turn]
         if tray.pending is not None:
             tray.pending.collect()

@@ -20,6 +20,7 @@ from mm_core.runner.chunk_graphs import ChunkGraphs
 from mm_core.runner.encoders import EncoderRows
 from mm_core.runner.fusing import Conditioner, Modules, made_up_items
 from mm_core.runner.graphs import DecodeGraphs, GraphInputs, resolve_ids
+from mm_core.runner.guidance import Follower
 from mm_core.runner.limits import RunnerLimits as RunnerLimits
 from mm_core.runner.limits import largest_batch
 from mm_core.runner.memory import KVCache, is_out_of_memory
@@ -152,6 +153,11 @@ class ModelRunner:
         else:
             with torch.cuda.stream(self._stream):
                 yield
+
+    @property
+    def follower(self) -> Follower:
+        """What answers that follow a grammar share."""
+        return self._sampler.follower
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Run one step to its end."""
@@ -331,6 +337,7 @@ def _sampling_row(scheduled: ScheduledSequence, sampler: Sampler) -> SamplingRow
         seq.masked_stop_ids,
         seq.slot,
         owner,
+        seq.grammar,
     )
 
 

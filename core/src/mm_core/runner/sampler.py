@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mm_core.errors import MMError
 from mm_core.kernels import sample
 from mm_core.kernels.random import stream_keys
 from mm_core.runner.columns import Column, Columns
-from mm_core.runner.draw import DrawPart, edits, filters, temperature
+from mm_core.runner.draw import DrawPart, Rules, edits, filters, temperature
+from mm_core.runner.guidance import Follower, Guidance
 from mm_core.runner.history import OutputTable, TokenHistory
 from mm_core.runner.logprobs import LogprobPart
 from mm_core.runner.pending import Asked, Outbox, PendingSample, SampledTokens, Tray
@@ -28,6 +30,7 @@ from mm_core.runner.processors import Processing
 
 if TYPE_CHECKING:
     from mm_core.config import SamplingParams
+    from mm_core.structured.matcher import Matcher
 
 __all__ = ["PendingSample", "SampledTokens", "Sampler", "SamplingRow"]
 
@@ -42,7 +45,8 @@ class SamplingRow(NamedTuple):
     and stop ids, masked while the output is shorter than `min_tokens`. Token ids outside the vocabulary of
     the logits have no effect.
     slot: its place in the runner's tables, another for each row of a launch. owner: names a sequence
-    between two preemptions, so that what is kept under the slot is nobody else's.
+    between two preemptions, so that what is kept under the slot is nobody else's. grammar: what the row's answer
+    follows; it is told of tokens that are on their way, and masks the stop tokens itself.
     """
 
     params: SamplingParams
@@ -53,11 +57,12 @@ class SamplingRow(NamedTuple):
     stop_token_ids: frozenset[int]
     slot: int
     owner: tuple[int, int]
+    grammar: Matcher | None = None
 
     @property
     def masks_stops(self) -> bool:
         """Whether stop tokens may not be drawn yet."""
-        return self.step < self.params.min_tokens and bool(self.stop_token_ids)
+        return self.step < self.params.min_tokens and bool(self.stop_token_ids) and self.grammar is None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class _Plan:
     parts: list[DrawPart]
     asked: list[LogprobPart]
     processing: Processing | None
+    guidance: Guidance | None
     random: list[int]
     penalised: list[int]
     penalised_slots: Column
@@ -101,8 +107,8 @@ class Sampler:
     """Draws one token a row.
 
     Order: log-probabilities of the raw logits; logit bias; logits processors; min_tokens mask;
-    repetition, frequency and presence penalties; temperature; top-k; top-p; min-p; draw. Ties go to the
-    lowest token id.
+    repetition, frequency and presence penalties; the mask of a grammar; temperature; top-k; top-p; min-p; draw.
+    Ties go to the lowest token id.
     last_ids: int64 [max_num_seqs] on the device, the newest token drawn for each slot.
     """
 
@@ -112,6 +118,7 @@ class Sampler:
         self._history = TokenHistory(vocab_size, device)
         self._outputs = OutputTable(device)
         self._outbox = Outbox(max_num_seqs, device)
+        self.follower = Follower(device)
         self._state = sample.new_state(max_num_seqs, device)
         self._chunk_rows = max(1, sample.MAX_CHUNK_ELEMENTS // vocab_size)
         # The kernels need fewer bytes an element than torch's operations do.
@@ -122,7 +129,8 @@ class Sampler:
 
     @torch.no_grad()
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSample:
-        """Start drawing from `logits` [R, V], of any floating dtype, which stay as they are."""
+        """Start drawing from `logits` [R, V], of any floating dtype, which stay as they are. Where rows follow a
+        grammar, this waits for their tokens of the launch before; what is in flight then goes on."""
         assert logits.shape == (len(rows), self._vocab), "one SamplingRow a row of logits"
         plan = self._plan
         if plan is None or not plan.fits(rows):
@@ -135,6 +143,8 @@ class Sampler:
             self._history.refresh([rows[i] for i in plan.penalised], self.last_ids)
         if plan.processing is not None:
             plan.processing.begin(rows, self.last_ids)
+        if plan.guidance is not None:
+            plan.guidance.begin(rows)
         peaks = self._choose(logits, plan, rows, tray)
         if plan.penalised:
             self._history.add(plan.penalised_places.tensor, self.last_ids[plan.penalised_slots.tensor])
@@ -144,9 +154,13 @@ class Sampler:
         if plan.asked:
             token_ids = self.last_ids[plan.slot_index.tensor]
             tables = [part.tables(logits, token_ids) for part in plan.asked] + peaks
-        faults = {} if plan.processing is None else plan.processing.faults
+        faults: dict[int, MMError] = {} if plan.processing is None else {**plan.processing.faults}
+        if plan.guidance is not None:
+            faults |= plan.guidance.faults
         table = torch.cat(tables) if len(tables) > 1 else tables[0] if tables else None
-        return tray.send(table, Asked(plan.asked, plan.processing, faults))
+        pending = tray.send(table, Asked(plan.asked, plan.processing, faults))
+        self.follower.note(plan.guidance, rows, pending)
+        return pending
 
     def knows(self, slot: int, owner: tuple[int, int], step: int) -> bool:
         """Whether a row with these needs no output token ids: the tables that its parameters need are up to date."""
@@ -196,11 +210,14 @@ class Sampler:
         temperatures = [temperature(row.params) for row in rows]
         later |= {*filtered}
         first = [0.0 if i in later else t for i, t in enumerate(temperatures)]
+        guided = [i for i, row in enumerate(rows) if row.grammar is not None]
+        guidance = Guidance(guided, self.follower) if guided else None
         # Those of processors in one piece, however many they are: each is called once a step.
         processing = Processing(processed, rows, self._outputs, columns) if processed else None
-        parts = [DrawPart(processed, rows, self._vocab, self._history, columns, processing)] if processed else []
+        kept = (self._vocab, self._history, columns)
+        parts = [DrawPart(processed, rows, *kept, Rules(processing, guidance))] if processed else []
         parts += [
-            DrawPart(part, rows, self._vocab, self._history, columns)
+            DrawPart(part, rows, *kept, Rules(guidance=guidance))
             for kind in (edited, filtered)
             for part in _chunks(kind, self._part_rows)
         ]
@@ -219,6 +236,7 @@ class Sampler:
                 for part in _chunks(asked, self._chunk_rows)
             ],
             processing=processing,
+            guidance=guidance,
             random=[i for i, t in enumerate(temperatures) if t],
             penalised=penalised,
             penalised_slots=columns.ints([rows[i].slot for i in penalised]),

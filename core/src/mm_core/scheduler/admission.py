@@ -58,6 +58,14 @@ class Admission:
                 return  # until something has landed
             self.look_again |= outcome is Outcome.LATER
 
+    def _unpin(self, lacking: int, spared: tuple[int, ...]) -> int:
+        """Pinned blocks for a sequence that will share the `spared` ones: none while others may come."""
+        scheduler = self._scheduler
+        restored = scheduler.tiers is not None and any(scheduler.tiers.restores.tables)
+        if scheduler.running or scheduler.pool.num_pending or restored:
+            return 0
+        return scheduler.pool.surrender(lacking, spared)
+
     def about_to_start(self) -> Iterator[Sequence]:
         """Waiting sequences that will compute their next tokens themselves, in the policy's order."""
         scheduler, foreseen = self._scheduler, 0
@@ -98,6 +106,8 @@ class Admission:
         length = scheduler.media.fit(seq, min(seq.num_tokens - start, plan.tokens_left), plan)
         now = scheduler.pool.blocks_for(start + length) - hits + new_source
         fits = length > 0 and (not new_source or scheduler.sources.fit(seq, plan))
+        if fits and room < now:
+            room += self._unpin(now - room, (*shared, *source))
         if not fits or room < now:
             seq.num_computed_tokens = 0
             return Outcome.FULL if fits else Outcome.LATER

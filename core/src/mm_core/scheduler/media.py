@@ -20,7 +20,7 @@ class MediaPlanner:
 
     A sequence holds an item from the step that first reads it to the last; before that it may keep
     it, which ends where the room is wanted now. Only held items can make somebody wait, and whoever
-    holds one can go on, so nothing waits for ever.
+    holds one can go on, or it is pinned and makes way, so nothing waits for ever.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class MediaPlanner:
             seen.add(key)
             if not self.cache.is_held(key):
                 room -= r.feature.num_tokens
+            if room < 0 and r.offset <= start and not plan.rows_closed:
+                self.cache.make_way({key: r.feature.num_tokens})
+                room = self.cache.room - r.feature.num_tokens
             if plan.rows_closed or room < 0:
                 plan.rows_closed = True
                 return max(r.offset - start, 0)
@@ -67,19 +70,21 @@ class MediaPlanner:
     def fit_all(self, seq: Sequence, plan: StepPlan) -> bool:
         """Whether all media of a sequence are there or can be encoded in this step, where its source needs
         them at once. Those that are over the whole budget together run alone."""
-        room, cost = self.cache.room, 0
-        for key, feature in {r.feature.key: r.feature for r in seq.media}.items():
-            if not self.cache.is_held(key):
-                room -= feature.num_tokens
-            if key not in self.cache:
-                cost += self.budget_cost(feature)
-        if seq.media and (plan.rows_closed or room < 0):
+        features = {r.feature.key: r.feature for r in seq.media}
+        cost = sum(self.budget_cost(feature) for key, feature in features.items() if key not in self.cache)
+        if self._lacks(features.values()) and not plan.rows_closed:
+            self.cache.make_way({key: feature.num_tokens for key, feature in features.items()})
+        if features and (plan.rows_closed or self._lacks(features.values())):
             plan.rows_closed = True
             return False
         if cost and not plan.fits_budget(cost, 0):
             plan.budget_closed = True
             return False
         return True
+
+    def _lacks(self, features: Iterable[MediaFeature]) -> bool:
+        """Whether there is too little room to hold them all."""
+        return self.cache.room < sum(f.num_tokens for f in features if not self.cache.is_held(f.key))
 
     def must_wait(self, seq: Sequence, plan: StepPlan) -> bool:
         """Whether a waiting sequence is behind one that waits for the encoder: were it to start with the

@@ -73,6 +73,7 @@ class Scheduler:
         self.sources = SourcePlanner(pool, self.reuse, self.media, self.stats)
         self.waiting = WaitingQueue(policy.order, 4 * config.max_num_seqs, self._measure)
         self.running: list[Sequence] = []
+        self.begun: list[Sequence] = []  # first scheduled in the last step
         self.outlook = Outlook(pool.block_size)
         retain_by(policy, lambda: self.costs, pool, encoder_cache)
         self._encoder_cost = encoder_cost
@@ -135,6 +136,8 @@ class Scheduler:
         config = self.config
         plan = StepPlan(self.stats.steps + 1, config.max_num_batched_tokens, config.encoder_budget, self._source_budget)
         preemptions = self.stats.preemptions
+        if self.begun:
+            self.begun = []
         self._schedule_running(plan)
         if self.stats.preemptions == preemptions:  # or the preempted would take its blocks right back
             self.admission.admit_waiting(plan)
@@ -263,6 +266,7 @@ class Scheduler:
         if self.tiers is not None:
             self.tiers.started(seq, seq.num_cached_tokens is None)
         if seq.num_cached_tokens is None:
+            self.begun.append(seq)
             seq.num_cached_tokens = seq.num_computed_tokens
             self.stats.queried_tokens += seq.prompt_len
             self.stats.cached_tokens += seq.num_computed_tokens
@@ -319,6 +323,13 @@ class Scheduler:
         seq.num_in_flight -= 1
         self.stats.generated_tokens += 1
         self.reuse.publish(seq, computed)
+        if seq.grammar is not None:
+            seq.grammar.accept(seq.num_output_tokens - 1, token)
+            if seq.grammar.error is not None:
+                return self._fail(seq, seq.grammar.error)
+            if seq.grammar.ended and token not in seq.end_ids:
+                self.finish(seq, FinishReason.STOP)
+                return TokenEvent(seq, token, logprobs, FinishReason.STOP)
         if token in seq.end_ids or len(seq.token_ids) >= seq.max_length:
             reason, stop = self._finish_reason(seq, token)
             if reason is not None:
@@ -328,10 +339,11 @@ class Scheduler:
 
     def _finish_reason(self, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         params = seq.params
-        if seq.num_output_tokens >= params.min_tokens:
+        guided = seq.grammar is not None  # by masks that know of min_tokens
+        if guided or seq.num_output_tokens >= params.min_tokens:
             if token in params.stop_token_ids:
                 return FinishReason.STOP, token
-            if token in seq.request.stop_token_ids and not params.ignore_eos:
+            if token in seq.request.stop_token_ids and (guided or not params.ignore_eos):
                 return FinishReason.STOP, None
         return (FinishReason.LENGTH if len(seq.token_ids) >= seq.max_length else None), None
 
@@ -347,12 +359,9 @@ class Scheduler:
             self.admission.look_again = True
 
     def give_up_restored(self) -> bool:
-        """Let go of what was copied back for sequences that wait, else of what is pinned: nothing else can run. False
-        if there is neither."""
+        """Let go of what was copied back for sequences that wait: nothing else can run. False if there is nothing."""
         self.admission.look_again = True
-        if self.tiers is not None and self.tiers.give_up():
-            return True
-        return self.pool.surrender(self.pool.num_blocks) > 0 or self.encoder_cache.surrender()
+        return self.tiers is not None and self.tiers.give_up()
 
     def clear_cache(self) -> None:
         """Forget every block that nobody uses, and all that is stored behind the device."""

@@ -6,7 +6,7 @@ import enum
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mm_core.cache.layout import Layout, PlacedItem
 from mm_core.cache.prefix import BlockContent, MediaTag
@@ -15,6 +15,9 @@ from mm_core.errors import MMError
 from mm_core.hashing import ROOT, Hasher, block_key, encode_fields, source_key
 from mm_core.scheduler.transfers import NO_TRANSFERS, Transfers
 from mm_core.types import FinishReason, Logprob, MediaFeature, PlaceholderRange, PreparedRequest
+
+if TYPE_CHECKING:
+    from mm_core.structured.matcher import Matcher
 
 
 class Status(enum.Enum):
@@ -34,7 +37,7 @@ class Sequence:
     "cross" is there where the request has a source, and full from the start. source_step: the step in
     flight that computes its source, 0 if none does.
     held_media: items that must stay in the encoder cache for it. kept_media: items it will need, which
-    leave only where somebody needs their room now.
+    leave only where somebody needs their room now. grammar: what the answer follows, set before it is added.
     """
 
     def __init__(self, seq_id: int, request: PreparedRequest, index: int = 0, seed: int = 0) -> None:
@@ -54,10 +57,13 @@ class Sequence:
         self.num_completed_tokens = 0
         self.num_slots = 0
         self.max_length = self.prompt_len + (self.params.max_tokens or 2**31)  # it ends with so many tokens
-        self.end_ids = self.params.stop_token_ids if self.params.ignore_eos else self.masked_stop_ids
+        goes_on = self.params.ignore_eos and self.params.structured is None  # a grammar has an end of its own
+        self.end_ids = self.params.stop_token_ids if goes_on else self.masked_stop_ids
+        self.grammar: Matcher | None = None
         self.num_published_blocks = 0
         self.num_cached_tokens: int | None = None  # of the prompt, at first admission
         self.encoded_rows = 0
+        self.started: float | None = None  # when it was first scheduled, by the engine's clock
         self.waiting_since = 0
         self.source = request.source
         self.source_step = 0

@@ -47,6 +47,8 @@ class WaitingQueue:
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out."""
         del self._queue[seq.seq_id]
+        if not self._queue:
+            self._order = []  # nothing is held of who left
         self.num_with_media -= bool(seq.media)
 
     def ordered(self, step: int) -> list[Sequence]:

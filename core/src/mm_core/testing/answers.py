@@ -96,7 +96,7 @@ class _Count:
 @contextmanager
 def _counted(engine: Engine) -> Iterator[_Count]:
     """Counts the sources that the decoder projects; none, without cross-attention."""
-    decoder: Any = engine._frontend.model.decoder
+    decoder: Any = getattr(engine._frontend.model, "decoder", None)  # it runs in this process
     found = _Count()
     write = getattr(decoder, "write_source", None)
     if write is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class Workbench:
     @property
     def model(self) -> LoadedModel:
         """What the plugin built for the plain engine."""
-        return self.plain._frontend.model
+        return cast("LoadedModel", self.plain._frontend.model)  # it runs in this process
 
     @cached_property
     def _registry(self) -> tuple[PluginRegistry, Owner]:

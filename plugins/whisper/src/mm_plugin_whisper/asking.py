@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_core import RequestOutput, SamplingParams, TextPrompt
-from mm_core.types import TaskRequest
+from mm_core.types import TaskProgress, TaskRequest
 from mm_plugin_whisper.options import Options
 from mm_plugin_whisper.rules import TimestampRules
 from mm_plugin_whisper.settings import Vocabulary
 from mm_plugin_whisper.windows import Window
 
-Steps = Generator[Sequence[TaskRequest], Sequence[RequestOutput], Any]
+Steps = Generator[Sequence[TaskRequest] | TaskProgress, Sequence[RequestOutput], Any]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Asker:
 
     def _params(self, temperature: float) -> SamplingParams:
         rules = () if self.rules is None else (self.rules,)
-        return SamplingParams(max_tokens=None, temperature=temperature, logprobs=0, logits_processors=rules)
+        return SamplingParams(
+            max_tokens=None, temperature=temperature, logprobs=0, logits_processors=rules, seed=self.options.seed
+        )
 
     def _only(self) -> SamplingParams:
         return SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, logprob_token_ids=(self.words.no_speech,))

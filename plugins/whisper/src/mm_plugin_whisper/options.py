@@ -13,7 +13,8 @@ from mm_plugin_whisper.settings import TASKS
 @dataclass(frozen=True)
 class Segment:
     """A piece of speech. start, end: in seconds. tokens: timestamps included. Of the window it was heard in:
-    avg_logprob, of its tokens under the model's own distribution; no_speech_prob, None where nobody asked."""
+    avg_logprob, of its tokens under the model's own distribution; no_speech_prob, None where nobody asked; seek, its
+    first frame; compression_ratio, how many times smaller zlib makes its text (as openai/whisper tells it)."""
 
     start: float
     end: float
@@ -22,6 +23,8 @@ class Segment:
     avg_logprob: float
     no_speech_prob: float | None
     temperature: float
+    seek: int = 0
+    compression_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Options:
     come before. condition_on_previous_text: each window reads the text of those before it. temperature: those
     after the first are tried where an answer repeats itself (compressed, its tokens shrink by more than
     compression_ratio_threshold) or is unlikely (avg_logprob below logprob_threshold). A window is silent where
-    its answer is unlikely and no_speech_prob above no_speech_threshold. None switches a threshold off.
+    its answer is unlikely and no_speech_prob above no_speech_threshold. None switches a threshold off. seed: makes
+    answers above temperature 0 repeatable.
     """
 
     language: str | None = None
@@ -57,6 +61,7 @@ class Options:
     compression_ratio_threshold: float | None = 1.35
     logprob_threshold: float | None = -1.0
     no_speech_threshold: float | None = 0.6
+    seed: int | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Self:
@@ -72,6 +77,7 @@ class Options:
             _want(name, getattr(options, name), bool, "True or False")
         for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
             _want(name, getattr(options, name), float | int | None, "a number or None")
+        _want("seed", options.seed, int | None, "a whole number or None")
         _want("initial_prompt", options.initial_prompt, str | None, "a str or None")
         if options.task not in TASKS:
             raise InvalidParamsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from mm_core import SamplingParams
 from mm_core.errors import InvalidParamsError
 from mm_core.hookspecs import Checkpoint
 from mm_core.media import load_audio
+from mm_core.types import TaskProgress
 from mm_plugin_whisper.asking import Answer, Asker, Steps, request
 from mm_plugin_whisper.options import Options, Segment, Transcription
 from mm_plugin_whisper.rules import OneOf, TimestampRules
@@ -32,7 +34,8 @@ class Transcriber:
 
     def __call__(self, audio: Any, **options: Any) -> Steps:
         """audio: a path, bytes, a `data:` URL or (samples, rate). options: the fields of `Options`. Returns a
-        `Transcription`; raises InvalidParamsError and whatever `media.load_audio` does."""
+        `Transcription`, and tells its segments as each window is understood (not where all are heard at once).
+        Raises InvalidParamsError and whatever `media.load_audio` does."""
         chosen = Options.read(options)
         language = self._given_language(chosen)
         prompt = self._prompt_ids(chosen.initial_prompt)
@@ -96,7 +99,9 @@ class Transcriber:
                 seek += window.frames
                 continue
             pieces, step = self._pieces(answer, window, asker, whole=False)
-            segments += self._segments(pieces, answer, window)
+            new = self._segments(pieces, answer, window)
+            yield TaskProgress(tuple(segment for segment in new if segment.text))
+            segments += new
             said += [piece.tokens for piece in pieces]
             seek += step
         return segments
@@ -125,15 +130,21 @@ class Transcriber:
         return split(answer.tokens, self._words.stamps, window.frames, whole=whole)
 
     def _segments(self, pieces: Sequence[Piece], answer: Answer, window: Window) -> list[Segment]:
+        whole = self._text(answer.tokens).strip().encode()
         return [
             Segment(
                 start=min(window.start + piece.start, window.end),
                 end=min(window.start + piece.end, window.end),
-                text=self._tokenizer.decode([token for token in piece.tokens if token < self._words.end]),
+                text=self._text(piece.tokens),
                 tokens=piece.tokens,
                 avg_logprob=answer.avg_logprob,
                 no_speech_prob=answer.no_speech_prob,
                 temperature=answer.temperature,
+                seek=round(window.start * self._sound.frames_per_second),
+                compression_ratio=len(whole) / len(zlib.compress(whole)),
             )
             for piece in pieces
         ]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode([token for token in tokens if token < self._words.end]))

@@ -1,0 +1,77 @@
+"""Schemathesis against the server's own OpenAPI document: valid and invalid calls of every route, none left out.
+
+How many cases a route gets: 300 in `make test`, 2,000 in `make test-slow`, or MM_CONTRACT_CASES.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.openai_calls import Canary
+from support.serving import Server, running_server
+
+# All that the document promises. Left out is "positive data acceptance": a document cannot say that a name was given
+# a picture before, or that a prompt fits the context; such calls are valid by their shape and refused with a 400.
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "missing_required_header",
+    "unsupported_method",
+    "ignored_auth",
+)
+
+
+@pytest.fixture(scope="module")
+def contract() -> Iterator[Server]:
+    """Answers are short: what is tested is the border, not the model."""
+    with running_server(keys=("key-of-one",), max_completion_tokens=4, max_model_len=512) as running:
+        yield running
+
+
+def attack(server: Server, cases: int, seed: int, folder: Path) -> str:
+    """Run it; what it printed. Fails where it found anything."""
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "schemathesis"), "run", f"{server.url}/openapi.json",
+        "--header", f"Authorization: Bearer {server.admin_key}", "--mode", "all", "--checks", ",".join(CHECKS),
+        "--phases", "examples,coverage,fuzzing", "--max-examples", str(cases), "--seed", str(seed),
+        "--request-timeout", "30", "--suppress-health-check", "all", "--generation-database", "none", "--no-color",
+        "--continue-on-failure",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=7200, check=False)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def count(report: str) -> int:
+    found = re.search(r"([\d,]+) generated", report)
+    assert found is not None, report[-2000:]
+    return int(found[1].replace(",", ""))
+
+
+@pytest.mark.timeout(600)
+def test_no_call_of_any_shape_breaks_the_server(contract: Server, tmp_path: Path) -> None:
+    with closing(Canary(contract)) as canary:
+        report = attack(contract, int(os.environ.get("MM_CONTRACT_CASES", "300")), 1, tmp_path)
+        assert count(report) > 1000
+        canary.check()
+    assert not [line for line in contract.lines if " ERROR " in line or "Traceback" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_thousands_of_calls_of_every_shape(contract: Server, tmp_path: Path) -> None:
+    with closing(Canary(contract)) as canary:
+        attack(contract, 2000, 2, tmp_path)
+        canary.check()
