@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+# Two processes of tests, a file to each: most of them wait for servers or for one thread of torch.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The browser that the page's tests drive; where it cannot be fetched, only they fail.
 BROWSER := .cache/browser/chromium-153.0.0/chromium
 PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
@@ -21,7 +23,7 @@ demo: $(READY)  ## ask the small model that the project ships about a picture it
 	$(BIN)/python zoo/demo.py
 
 test: $(READY) $(BROWSER)  ## the tests that need neither a GPU nor the network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY) $(BROWSER)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"

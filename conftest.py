@@ -54,8 +54,9 @@ def _reason(longrepr: Any) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    """Small tensors are slower on many threads, and results should not depend on the machine."""
-    torch.set_num_threads(2)
+    """Small tensors are slower on many threads, and results should not depend on the machine. Where tests run in
+    several processes, each has one thread: more would wait for each other."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True, scope="session")

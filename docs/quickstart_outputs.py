@@ -12,9 +12,11 @@ import difflib
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -58,14 +60,18 @@ class Program:
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self._lines.put(line)
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            for line in stream:
+                self._lines.put(line)
         self._lines.put(None)
 
     def send(self, text: str) -> None:
+        """Write to its stdin."""
         assert self.process.stdin is not None
         self.process.stdin.write(text)
         self.process.stdin.flush()
@@ -78,12 +84,27 @@ class Program:
                 return text, line
             text += line
         if mark is not None:
-            raise SystemExit(f"{self.process.args} ended:\n{text}")
+            raise SystemExit(f"{self.process.args!r} ended:\n{text}")
         return text, ""
 
     def kill(self) -> None:
+        """End it, if it still runs."""
         self.process.kill()
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self._reader.join(_TIMEOUT_S)
+
+
+# For machines without curl: as much of it as the page uses.
+_CURL = """#!{python}
+import sys, urllib.request
+words = sys.argv[1:]
+url = next(word for word in words if word.startswith("http"))
+headers = dict(words[i + 1].split(": ", 1) for i, word in enumerate(words) if word == "-H")
+data = sys.stdin.buffer.read() if "@-" in words else None
+sys.stdout.buffer.write(urllib.request.urlopen(urllib.request.Request(url, data, headers)).read())
+"""
 
 
 class Steps:
@@ -91,8 +112,15 @@ class Steps:
 
     def __init__(self, programs: Path) -> None:
         kept = {n: v for n, v in os.environ.items() if not n.lower().endswith("_proxy") and not n.startswith("MM_")}
+        path = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        self._own = tempfile.TemporaryDirectory()
+        if shutil.which("curl", path=path) is None:
+            stand_in = Path(self._own.name) / "curl"
+            stand_in.write_text(_CURL.format(python=programs / "python"), encoding="utf-8")
+            stand_in.chmod(0o755)
+            path = f"{self._own.name}{os.pathsep}{path}"
         self._environment = {
-            **kept, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}", "PYTHONUNBUFFERED": "1",
+            **kept, "PATH": path, "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
@@ -120,6 +148,8 @@ class Steps:
         return self._shown(text)
 
     def close(self) -> None:
+        """End what still runs."""
+        self._own.cleanup()
         for program in (self._session, self._server):
             if program is not None:
                 program.kill()

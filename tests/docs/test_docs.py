@@ -61,8 +61,8 @@ def test_readme_example_is_short():
 COMMANDS = [line for block in blocks(README, "bash") for line in block.splitlines() if line.startswith("mm ")]
 
 
-def test_readme_shows_six_commands():
-    assert len(COMMANDS) == 6
+def test_readme_shows_seven_commands():
+    assert len(COMMANDS) == 7
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "Qwen/" not in line])

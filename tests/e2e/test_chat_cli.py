@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -152,6 +153,7 @@ class Terminal:
         )
         os.close(theirs)
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
@@ -168,7 +170,7 @@ class Terminal:
     def _read(self) -> None:
         if select.select([self._fd], [], [], 0.2)[0]:
             try:
-                self.text += os.read(self._fd, 65536).decode(errors="replace")
+                self.text += self._decoder.decode(os.read(self._fd, 65536))  # reads end inside characters
             except OSError:  # its end
                 raise AssertionError(self.text[-2000:]) from None
 

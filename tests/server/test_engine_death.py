@@ -38,7 +38,8 @@ def body(max_tokens: int, **more: Any) -> dict[str, Any]:
 class InFlight:
     """Calls that would take long: what each got, and when."""
 
-    def __init__(self, server: Server, count: int) -> None:
+    def __init__(self, server: Server, count: int, tokens: int = 1800) -> None:
+        self._tokens = tokens
         self.ended: list[tuple[float, int, str]] = []
         self._threads = [threading.Thread(target=self._ask, args=(server, i % 2 == 0)) for i in range(count)]
         for thread in self._threads:
@@ -50,7 +51,7 @@ class InFlight:
 
     def _ask(self, server: Server, stream: bool) -> None:
         with server.http() as http:
-            payload = body(1800, ignore_eos=True, stream=stream)
+            payload = body(self._tokens, ignore_eos=True, stream=stream)
             reply = http.post("/v1/chat/completions", json=payload)
         self.ended.append((time.monotonic(), reply.status_code, reply.text))
 
@@ -139,7 +140,7 @@ def test_the_server_ends_with_nothing_left_behind() -> None:
 
 
 def test_health_answers_at_once_under_load(server: Server) -> None:
-    flying = InFlight(server, 4)
+    flying = InFlight(server, 4, tokens=600)
     took = []
     with server.http() as http:
         for _ in range(100):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -47,6 +48,30 @@ def _nothing_left(narrow: Server) -> Iterator[None]:
 )
 def test_what_is_no_http(narrow, data):
     assert error_of(told(narrow, data))[0] in (400, 501)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"POST /tokenize HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        b"POST /tokenize HTTP/1.0\r\nTransfer-Encoding: chunked\r\n",
+    ],
+)
+def test_bodies_whose_end_is_told_in_two_ways(narrow, lines):
+    """RFC 9112, 6.1: a proxy may have read the length. What comes behind must not be answered."""
+    with wire(narrow) as connection:
+        connection.send(lines + b"Host: localhost\r\nContent-Type: application/json\r\n\r\n0\r\n\r\n")
+        connection.send(head("GET", "/health"))
+        assert error_of(connection.reply()) == (400, "invalid_http")
+        assert connection.rest() == b""
+
+
+def test_what_is_no_http_writes_no_log(narrow):
+    told(narrow, b"nonsense\r\n\r\n")
+    with narrow.http() as client:
+        client.get("/nowhere", headers={"X-Request-Id": "after-nonsense"})
+    assert not [line for line in narrow.wait_for_lines("after-nonsense") if "uvicorn" in line]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +356,60 @@ def test_pages_of_others_cannot_use_a_server_without_keys(narrow):
         for own in ({"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}):
             assert client.get("/v1/models", headers=own).status_code == 200
         assert client.get("/health", headers=other).status_code == 200
+
+
+OTHERS = [
+    # DNS rebinding: a page's own name now resolves to 127.0.0.1, so its browser calls it same-origin.
+    {"Host": "page.example:8000", "Origin": "http://page.example:8000", "Sec-Fetch-Site": "same-origin"},
+    {"Host": "page.example:8000"},
+    {"Host": "127.0.0.1.page.example"},
+    {"Host": "localhost.page.example:8000"},
+    {"Host": "user@localhost"},
+    # localhost:3000 is the same site as localhost:8000, and another origin.
+    {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
+    {"Host": "10.1.2.3:8000", "Origin": "http://10.1.2.3:3000"},  # to which browsers do not tell the site
+    {"Origin": "null"},
+]
+
+
+@pytest.mark.parametrize("headers", OTHERS)
+def test_names_and_pages_that_a_server_without_keys_does_not_know(narrow, headers):
+    with narrow.http() as client:
+        reply = client.get("/v1/models", headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "permission_denied")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:8000", "10.1.2.3"])
+def test_names_that_a_server_without_keys_has(narrow, host):
+    with narrow.http() as client:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+        page = {"Host": host, "Origin": f"http://{host}"}
+        assert client.get("/v1/models", headers=page).status_code == 200
+
+
+def test_a_large_body_does_not_stop_the_loop(server):
+    """120 MB of JSON with escapes: what reads it would keep the interpreter's lock."""
+    body = b'{"model":"x","messages":[{"role":"user","content":"' + b"\\n" * (60 * 2**20) + b'"}]}'
+    slowest, stop = 0.0, threading.Event()
+
+    def look() -> None:
+        nonlocal slowest
+        with server.http() as client:
+            while not stop.is_set():
+                start = time.perf_counter()
+                client.get("/health")
+                slowest = max(slowest, time.perf_counter() - start)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        with server.http() as client:
+            reply = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    finally:
+        stop.set()
+        looking.join()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+    assert slowest < 0.4, f"/health took {slowest:.2f} s"
 
 
 def test_ids_are_ours_and_the_clients_are_only_logged(narrow):

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -99,6 +100,39 @@ def test_a_caller_with_many_calls_does_not_delay_the_others(single):
         thread.join()
     assert after - before <= 4, ended  # not behind the eight that wait
     assert sum(each.startswith("greedy") for each in ended) == 12
+
+
+def test_a_call_of_many_prompts_does_not_delay_another_key(single):
+    """Each prompt has a place of its own, and between two of them another key has its turn."""
+    ended: list[str] = []
+
+    def one(key: str, **more: Any) -> None:
+        with single.http(key) as client:
+            asked = {"model": "qwen2vl-nano", "max_tokens": 8, "ignore_eos": True, "temperature": 0, **more}
+            reply = client.post("/v1/completions", json=asked)
+            assert reply.status_code == 200, reply.text
+            ended.append(f"{key} {len(reply.json()['choices'])}")
+
+    greedy = threading.Thread(target=one, args=("greedy",), kwargs={"prompt": [f"b{i}" for i in range(12)]})
+    greedy.start()
+    while single.stats()["gate"]["waiting"] < 1:
+        time.sleep(0.005)
+    one("modest", prompt="hello")
+    greedy.join()
+    assert ended == ["modest 1", "greedy 12"]
+    assert_idle(single)
+
+
+def test_one_key_has_so_many_live_feeds(single):
+    with ExitStack() as feeds:
+
+        def watch(key: str) -> int:
+            client = feeds.enter_context(single.http(key))
+            return feeds.enter_context(client.stream("GET", "/playground/live")).status_code
+
+        assert [watch("greedy") for _ in range(9)] == [200] * 8 + [429]
+        assert watch("modest") == 200
+    assert_idle(single)
 
 
 def test_an_answer_that_takes_too_long(single):

@@ -145,8 +145,8 @@ def test_two_plugins_for_one_architecture(
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["serve", str(default_model()), "--port", "0", "--in-process", "--decode-workers", "0", *options]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "'first'" in line
-    assert "'second'" in line
+    assert "'claims_first'" in line
+    assert "'claims_second'" in line
 
 
 def test_a_name_that_is_no_plugin(capsys: pytest.CaptureFixture[str]) -> None:

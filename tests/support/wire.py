@@ -43,13 +43,19 @@ class Wire:
         headers = {name.lower(): value for name, value in reply.getheaders()}
         return reply.status, headers, json.loads(body) if body else None
 
-    def closed(self) -> bool:
-        """Whether the server closed it; waits for that."""
+    def rest(self) -> bytes:
+        """All that comes until the server closes it."""
+        found = b""
         try:
-            while self._replies.read1(65536):
-                pass
+            while piece := self._replies.read1(65536):
+                found += piece
         except ConnectionResetError:
             pass
+        return found
+
+    def closed(self) -> bool:
+        """Whether the server closed it; waits for that."""
+        self.rest()
         return True
 
     def close(self) -> None:
@@ -85,4 +91,4 @@ def error_of(reply: Reply) -> tuple[int, str]:
 
 def head(method: str, path: str, *lines: str) -> bytes:
     """A call's head with these header lines."""
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: test", *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()

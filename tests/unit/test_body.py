@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mm_core.errors import InvalidBodyError, InvalidParamsError
-from mm_core.server.body import parse_model
+from mm_core.errors import BodyTooLargeError, InvalidBodyError, InvalidParamsError
+from mm_core.server.body import _without_long_texts, parse_model
 from mm_core.server.failures import body_of, json_reply, reply_to
 
 
@@ -149,7 +149,7 @@ def test_errors_of_our_own_pass_through_validators():
 
 
 def test_many_small_values_are_refused_before_they_are_made():
-    body = b'{"more": {"x": [' + b"1," * 10_000_000 + b"1]}}"
+    body = b'{"more": {"x": [' + b"1," * 2_000_000 + b"1]}}"
     start = time.perf_counter()
     error = refused(body)
     assert "values" in str(error)
@@ -202,3 +202,29 @@ def test_replies_are_ascii_whatever_is_in_them():
     reply = json_reply({"text": "\ud800 é \u2028"})
     assert reply.body.isascii()
     assert json.loads(reply.body)["text"] == "\ud800 é \u2028"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\n" * 2**23, "\\u4e2d" * 2**21, '\\"' * 2**23, "中" * 2**22, "a " * 2**23, " " * 2**24],
+    ids=["line ends", "escapes", "quotes", "Chinese", "blanks", "nothing"],
+)
+def test_more_text_than_any_context_takes_is_refused_unread(text):
+    """A reader of JSON lets nothing else run while it works."""
+    body = f'{{"name": "{text}"}}'.encode()
+    start = time.perf_counter()
+    with pytest.raises(BodyTooLargeError, match="beside its media"):
+        parse_model(body, Thing)
+    assert time.perf_counter() - start < 0.2
+
+
+@pytest.mark.parametrize("before", [0, 1, 2**15 - 1, 2**15, 2**16])
+@pytest.mark.parametrize("length", [2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16])
+def test_long_texts_are_cut_off_wherever_they_stand(before, length):
+    body = json.dumps({"x": "é" * before, "a": "A" * length, "b": "B" * length, "c": ["C" * length]}).encode()
+    short = _without_long_texts(body)
+    wanted = body
+    if length >= 2**16:
+        for letter in b"ABC":
+            wanted = wanted.replace(bytes([letter]) * length, bytes([letter]))
+    assert short == wanted

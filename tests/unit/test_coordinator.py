@@ -305,3 +305,25 @@ def test_a_refusal_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert fake.calls == 1
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "pageable" in caplog.text
+
+
+def test_what_a_dropped_task_waits_for_alone_is_cancelled(coordinator: Coordinator) -> None:
+    class Alone(Future[int]):
+        alone = True
+
+    gate, closed = Alone(), threading.Event()
+
+    def steps() -> Steps[None]:
+        try:
+            yield gate
+        finally:
+            closed.set()
+
+    future = coordinator.submit(steps())
+    while not future.running():
+        time.sleep(0.001)
+    assert not future.cancel()
+    assert closed.wait(5)
+    assert gate.cancelled()
+    with pytest.raises(CancelledError):
+        future.result(5)

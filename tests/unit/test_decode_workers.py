@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from support.clips import film, picture, sound
 
+from mm_core import errors
 from mm_core.errors import (
     EngineClosedError,
     EngineError,
@@ -29,8 +30,10 @@ from mm_core.errors import (
 )
 from mm_core.hashing import get_hasher
 from mm_core.inputs.fetch import Fetcher
-from mm_core.media import MediaLimits, VideoSampling
+from mm_core.media import MediaLimits, VideoSampling, worker_main
+from mm_core.media import workers as workers_module
 from mm_core.media.decoder import LocalDecoder
+from mm_core.media.wire import SLAB
 from mm_core.media.workers import DecodeWorkers, WorkerSettings
 
 LIMITS = MediaLimits(max_image_pixels=2**20)
@@ -136,13 +139,58 @@ def test_a_choice_that_is_refused(workers: DecodeWorkers) -> None:
 # -- what breaks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [b"abort", b"exit", b"raise", b"nonsense", b"hold", b"large"])
+@pytest.mark.parametrize(
+    "data", [b"abort", b"exit", b"raise", b"nonsense", b"hold", b"large", b"greedy", b"code", b"choose"]
+)
 def test_a_worker_that_breaks_fails_one_item(fragile: DecodeWorkers, data: bytes) -> None:
     with pytest.raises(MediaDecodeError, match="breaks the decoder") as caught:
         fragile.image(data)
     assert caught.value.code == "invalid_image"
     assert not re.search("0x|path|status", str(caught.value))
     assert fragile.image(picture())[0].size == (40, 30)
+
+
+def test_a_sound_without_a_rate(fragile: DecodeWorkers) -> None:
+    with pytest.raises(MediaDecodeError, match="breaks the decoder"):
+        fragile.audio(b"rate", None)
+    assert fragile.audio(sound(), None).rate > 0
+
+
+def test_every_code_that_decoders_use_is_taken() -> None:
+    """Of what workers tell: a code becomes a metric's label, so only these do."""
+    root = Path(workers_module.__file__).parent
+    texts = [(root / f"{name}.py").read_text(encoding="utf-8") for name in ("audio", "decode", "resize", "video")]
+    used = {code for text in texts for code in re.findall(r'(?:code=|INVALID = )"(\w+)"', text)}
+    assert len(used) >= 6
+    used |= {getattr(errors, kind).code for kind in workers_module._KINDS}
+    used |= {*worker_main._TOO_LARGE.values(), *(f"invalid_{kind}" for kind in ("image", "video", "audio"))}
+    assert used == workers_module._CODES
+
+
+def test_a_worker_is_given_memory_once_a_job(fragile: DecodeWorkers) -> None:
+    """Each is a descriptor that is held to the job's end."""
+    fragile.image(picture())
+    given = []
+    real = workers_module._shared
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers_module, "_shared", lambda nbytes: given.append(nbytes) or real(nbytes))
+        with pytest.raises(MediaDecodeError):
+            fragile.image(b"greedy")
+    assert given == [3_000_000, SLAB]  # the result's, and the next worker's
+
+
+def test_a_worker_that_was_taken_over_reaches_nothing() -> None:
+    """In a process that hides itself, as a server does: no part of it, no connection, process, or file."""
+    code = (
+        "import sys\nfrom mm_core.confinement import hide\nfrom mm_core.media import MediaLimits\n"
+        "from mm_core.media.workers import DecodeWorkers, WorkerSettings\nhide()\n"
+        "made = DecodeWorkers(WorkerSettings(1, command=sys.argv[1:]), MediaLimits())\n"
+        "try:\n    made.image(b'escape')\nexcept Exception as error:\n    print(f'<{error}>')\nmade.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *FRAGILE], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "<>"
 
 
 def test_a_worker_that_takes_too_long(fragile: DecodeWorkers) -> None:

@@ -430,6 +430,24 @@ def test_look_ups_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(go())
 
 
+def test_look_ups_for_which_there_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not counted as hanging."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def go() -> None:
+        lookups = Lookups(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            for _ in range(2):
+                with pytest.raises(OSError, match="no thread"):
+                    await lookups("localhost", 80)
+        assert await lookups("localhost", 80)
+
+    asyncio.run(go())
+
+
 def test_names_that_nobody_has() -> None:
     async def go() -> None:
         with pytest.raises(OSError):  # noqa: PT011

@@ -45,7 +45,7 @@ async def settle() -> None:
 
 def assert_empty(gate: Gate) -> None:
     assert (gate.running, gate.waiting, gate.calls, gate.bytes_held) == (0, 0, 0, 0)
-    assert not gate._queues
+    assert not any((gate._queues, gate._entries, gate._due, gate._bytes))
 
 
 def test_only_so_many_are_inside_and_the_rest_wait_their_turn():
@@ -69,7 +69,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
         tasks = [load.start("one", holding=True) for _ in range(3)]
         await settle()
         with pytest.raises(OverloadedError) as refused:
-            async with gate.enter(call("two")):
+            async with gate.enter(call("one")):
                 pass
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) >= 1
@@ -169,7 +169,7 @@ def test_random_life_leaks_nothing():
 
         async def one(name: str) -> None:
             nonlocal most
-            async with gate.enter(call(name)):
+            async with gate.enter(call(name), chance.choice((1, 1, 2, 5))):
                 most = max(most, gate.running)
                 for _ in range(chance.randrange(4)):
                     await asyncio.sleep(0)
@@ -185,7 +185,7 @@ def test_random_life_leaks_nothing():
                 await asyncio.sleep(0)
             assert 0 <= gate.running <= 3
             assert 0 <= gate.waiting <= 20
-            assert gate.waiting == sum(map(len, gate._queues.values()))
+            assert gate.waiting == sum(map(len, gate._queues.values())) == len(gate._entries)
         await asyncio.gather(*tasks, return_exceptions=True)
         kinds = {type(task.exception()).__name__ for task in tasks if not task.cancelled()}
         assert kinds == {"NoneType", "ValueError", "OverloadedError"}
@@ -251,7 +251,7 @@ def test_the_drain_waits_for_those_inside_and_refuses_those_who_come():
 
 def test_bodies_of_all_calls_together_are_bounded():
     async def main() -> None:
-        gate = Gate(max_running=1, max_waiting=1, max_bytes=100)
+        gate = Gate(max_running=1, max_waiting=1, max_bytes=100, max_bytes_per_caller=100)
         first, second = call(), call()
         gate.hold(first, 60)
         with pytest.raises(OverloadedError):
@@ -263,6 +263,122 @@ def test_bodies_of_all_calls_together_are_bounded():
         assert gate.bytes_held == 60
         gate.hold(first, 40)
         gate.release(first)
+        assert_empty(gate)
+
+    asyncio.run(main())
+
+
+def test_one_caller_holds_half_of_the_bytes():
+    gate = Gate(max_running=1, max_waiting=1, max_bytes=100)
+    first, second, other = call("greedy"), call("greedy"), call("other")
+    gate.hold(first, 30)
+    gate.hold(second, 20)
+    with pytest.raises(OverloadedError, match="one key"):
+        gate.hold(second, 1)
+    gate.hold(other, 50)
+    gate.release(first)
+    gate.hold(second, 30)
+    for each in (second, other):
+        gate.release(each)
+    assert_empty(gate)
+
+
+def test_one_key_does_not_fill_the_waiting_room():
+    """The newest calls of whoever has most make room, until two keys have as many."""
+
+    async def main() -> None:
+        gate = Gate(max_running=1, max_waiting=8)
+        load = Load(gate)
+        greedy = [load.start("greedy", holding=True) for _ in range(9)]
+        await settle()
+        others = [load.start("other") for _ in range(5)]
+        await settle()
+        assert gate.waiting == 8
+        assert [task.done() for task in greedy] == [False] * 5 + [True] * 4
+        assert [task.done() for task in others] == [False] * 4 + [True]
+        load.release.set()
+        found = await asyncio.gather(*greedy, *others, return_exceptions=True)
+        assert sum(isinstance(each, OverloadedError) for each in found) == gate.refused == 5
+        assert load.order == ["greedy"] + ["greedy", "other"] * 4
+        assert_empty(gate)
+
+    asyncio.run(main())
+
+
+def test_prompts_of_one_call_take_a_place_each_and_are_one_call_that_waits():
+    async def main() -> None:
+        gate = Gate(max_running=4, max_waiting=2)
+        order: list[str] = []
+        leave = asyncio.Event()
+
+        async def part(own: Call, places: int = 1) -> None:
+            async with gate.enter(own, places):
+                order.append(own.caller.name)
+                await leave.wait()
+
+        heavy, other = call("greedy"), call("other")
+        tasks = [asyncio.ensure_future(part(heavy)) for _ in range(20)]
+        await settle()
+        assert (gate.running, gate.waiting) == (4, 1)
+        tasks.append(asyncio.ensure_future(part(other)))
+        await settle()
+        assert (gate.running, gate.waiting) == (4, 2)
+        with pytest.raises(OverloadedError):
+            await part(call("third"))
+        leave.set()
+        await asyncio.gather(*tasks)
+        assert "other" in order[4:6]
+        assert len(order) == 21
+        assert (heavy.places, other.places) == (0, 0)
+        assert_empty(gate)
+
+    asyncio.run(main())
+
+
+def test_heavy_calls_have_their_turn_later_but_have_it():
+    async def main() -> None:
+        gate = Gate(max_running=4, max_waiting=100)
+        order: list[str] = []
+        busy = asyncio.Event()
+
+        async def one(name: str, places: int) -> None:
+            async with gate.enter(call(name), places):
+                order.append(name)
+                await busy.wait()
+
+        tasks = [asyncio.ensure_future(one(*each)) for each in [("first", 4), *[("heavy", 9)] * 2, *[("light", 1)] * 8]]
+        await settle()
+        assert (gate.running, gate.waiting) == (4, 10)
+        busy.set()
+        await asyncio.gather(*tasks)
+        # Nine places are the four that there are: as many as four light calls.
+        assert order == ["first", "heavy", *["light"] * 4, "heavy", *["light"] * 4]
+        assert_empty(gate)
+
+    asyncio.run(main())
+
+
+def test_the_engine_is_not_filled_with_what_it_cannot_begin():
+    """Who waits in the engine has no turn any more: few do, so another caller's answer has few before it."""
+
+    async def main() -> None:
+        gate = Gate(max_running=50, max_waiting=100)
+        started = 0
+        gate.keep_ahead(lambda: started, 5)
+        load = Load(gate)
+        tasks = [load.start("greedy", holding=True) for _ in range(20)]
+        await settle()
+        assert (gate.running, gate.waiting) == (5, 15)
+        tasks.append(load.start("modest", holding=True))
+        started = 3
+        while gate.running < 8:
+            await asyncio.sleep(0.005)
+        await settle()
+        assert (gate.running, gate.waiting) == (8, 13)
+        assert "modest" in load.order
+        load.release.set()
+        started = 0
+        await asyncio.gather(*tasks)
         assert_empty(gate)
 
     asyncio.run(main())

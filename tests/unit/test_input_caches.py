@@ -99,6 +99,37 @@ def test_work_in_flight_that_is_dropped_is_handed_out_and_not_kept() -> None:
     check(cache)
 
 
+def name_of(salt: str | None, number: int) -> MediaName:
+    return MediaName(Owner(salt, f"item-{number}"), "image")
+
+
+def test_one_tenant_forgets_its_own_names_first() -> None:
+    """However many salts it uses: those of one key begin alike."""
+    names, item = NameRegistry(100), MediaItem("image", b"d", None)
+    key, other = "a" * 32, "b" * 64
+    for number in range(100):
+        names.put(name_of(key + f"{number % 7:032d}", number), item)  # nobody else is there: it may have all
+    for number in range(50):
+        names.put(name_of(other, number), item)
+    for number in range(1000, 2000):
+        names.put(name_of(key + f"{number:032d}", number), item)
+    assert all(names.get(name_of(other, number), touch=False) for number in range(50))
+    kept = [n for n in range(1000, 2000) if names.get(name_of(key + f"{n:032d}", n), touch=False)]
+    assert kept == list(range(1950, 2000))
+
+
+def test_names_of_long_videos_are_bounded_in_bytes() -> None:
+    names = NameRegistry(10_000, max_bytes=10 * 2**20)
+    video = MediaItem("video", b"d", None, {"times": tuple(map(float, range(768)))})
+    for number in range(1000):
+        names.put(name_of(None, number), video)
+    kept = [number for number in range(1000) if names.get(name_of(None, number), touch=False)]
+    assert 300 < len(kept) < 500
+    assert kept[-1] == 999
+    names.drop(lambda _: True)
+    assert (names._total, dict(names._nbytes), names._tenants) == (0, {}, {})
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_names_are_bounded_but_for_pinned_ones(seed: int) -> None:
     dice, names = random.Random(seed), NameRegistry(5)

@@ -207,7 +207,7 @@ def test_out_of_memory_names_the_setting_at_each_stage(monkeypatch, path, where,
 
 def test_out_of_memory_names_the_setting_at_each_stage_of_a_gpu(monkeypatch, free):
     full, config = SimpleNamespace(capture_graphs=_raise_full, reserve=lambda *_: None), EngineConfig()
-    decoder = SimpleNamespace(position_axes=3, kv_specs=())
+    decoder = SimpleNamespace(position_axes=3, kv_specs=(), vocab_size=32)
     modules = Modules("family", decoder, SimpleNamespace())
     model = SimpleNamespace(
         device=GPU, dtype=torch.bfloat16, max_model_len=64, startup=StartupTimes(), decoder=decoder,

@@ -63,7 +63,7 @@ async def fine(_: Request) -> Response:
 def ask(app: Starlette, path: str = "/x", method: str = "POST", **more: Any) -> httpx.Response:
     async def main() -> httpx.Response:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **more)
 
     return asyncio.run(main())
@@ -155,7 +155,7 @@ def test_the_log_has_a_line_a_call_but_none_for_each_look_at_health(caplog):
 def scope_of(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
     return {
         "type": "http", "method": "POST", "path": "/x", "raw_path": b"/x", "query_string": b"", "root_path": "",
-        "headers": [(b"host", b"test"), *headers], "http_version": "1.1", "scheme": "http",
+        "headers": [(b"host", b"localhost"), *headers], "http_version": "1.1", "scheme": "http",
         "server": ("test", 80), "client": ("test", 1),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 import time
@@ -336,3 +337,33 @@ def test_a_pool_that_breaks_ends_who_waits(make: Make, monkeypatch: pytest.Monke
     monkeypatch.setattr("mm_core.inputs.pinning.Pinner.start_thread", lambda self: 1 / 0)
     with pytest.raises(BrokenExecutor):
         run(make(), ask(picture()))
+
+
+def test_no_more_media_are_prepared_than_the_context_has_room_for(make: Make) -> None:
+    pipeline = make(max_model_len=10, preprocess_threads=1)
+    pictures = [png(Image.new("RGB", (40, 40), (seed, 0, 0))) for seed in range(40)]  # 4 tokens each
+    with pytest.raises(ContextLengthError):
+        run(pipeline, ask(pictures))
+    assert len(pipeline.processor.prepared) < 10
+
+
+def test_prepared_media_of_all_requests_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds no room waits until a prepared request is over; those that were given up are no hindrance."""
+    pipeline = make(max_model_len=2000)
+    first = run(pipeline, ask(picture(0)))
+    nbytes = pipeline._room.nbytes
+    assert nbytes > 0
+    monkeypatch.setattr(pipeline._room, "_total", nbytes)
+    given_up, second = (pipeline.submit("r", ask(picture(i)), SamplingParams()) for i in (1, 2))
+    time.sleep(0.05)
+    assert len(pipeline.processor.prepared) == 1
+    assert not second.done()
+    assert run(pipeline, "hello").token_ids
+    given_up.cancel()
+    del first
+    gc.collect()
+    assert second.result(10).ranges
+    assert len(pipeline.processor.prepared) == 2
+    del second
+    gc.collect()
+    assert pipeline._room.nbytes == 0

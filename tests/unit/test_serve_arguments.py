@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from mm_core.cli.serve import add_serve_arguments, engine_options, server_config
 from mm_core.config import EngineConfig, KvCacheConfig
 from mm_core.errors import ConfigError
 from mm_core.server.config import MediaConfig, ServerConfig
-from mm_core.server.run import bind, engine_options_of, url_of
+from mm_core.server.run import bind, engine_options_of, url_of, within_limits
 
 
 def parse(*words: str) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def test_keys_of_everywhere(tmp_path):
         (["--api-key-file", "/nowhere/keys"], "cannot be read"),
         (["--api-key", "same", "--admin-key", "same"], "admin_key"),
         (["--allow-origin", "page.example"], "allowed_origins"),
+        (["--allowed-host", "box.example:8000"], "allowed_hosts"),
     ],
 )
 def test_what_cannot_be(words, text):
@@ -139,6 +141,27 @@ def test_a_port_that_is_taken():
             bind(ServerConfig(port=taken.getsockname()[1]))
     with pytest.raises(ConfigError, match="Cannot listen"):
         bind(ServerConfig(host="no-such-host.invalid", port=0))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked", "given"), [(1024, 65536, 4096, 4096), (300, 1024, 4096, 768), (64, 64, 9, 8)]
+)
+def test_no_more_connections_than_files(monkeypatch, caplog, soft, hard, asked, given):
+    limits = [soft, hard]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.__setitem__(slice(None), wanted))
+    assert within_limits(ServerConfig(max_connections=asked)).max_connections == given
+    assert limits == [hard, hard]
+    assert ("ulimit" in caplog.text) == (given < asked)
+
+
+def test_a_limit_that_cannot_be_raised(monkeypatch):
+    def refuse(_: int, __: tuple[int, int]) -> None:
+        raise ValueError("not permitted")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert within_limits(ServerConfig()).max_connections == 768
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

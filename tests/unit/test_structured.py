@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,13 @@ from mm_core.errors import (
     InvalidParamsError,
     MissingExtraError,
     MMError,
+    OverloadedError,
 )
 from mm_core.structured import library as library_module
 from mm_core.structured.check_main import read_message, write_message
 from mm_core.structured.checker import Checker
 from mm_core.structured.grammar import grammar_text
-from mm_core.structured.grammars import Grammars, outcome
+from mm_core.structured.grammars import MAX_WAITING, Grammars, outcome
 from mm_core.structured.library import Library, TokenTable
 from mm_core.structured.matcher import Compiled, Matcher, clear_tokens, fill_masks
 from mm_core.structured.tokens import read_tokens
@@ -432,9 +434,12 @@ def test_whatever_is_asked_for_is_decided_in_a_second(grammars: Grammars, given:
 
 def test_outcomes_are_kept(grammars: Grammars) -> None:
     good, bad = StructuredOutput(regex="kept[0-9]"), StructuredOutput(regex="(?=kept)")
-    first = grammars.start(good, check=True)
-    assert grammars.start(StructuredOutput(regex="kept[0-9]")) is first
-    refused = grammars.start(bad, check=True)
+    first = outcome(grammars.start(good, check=True))
+    assert outcome(grammars.start(StructuredOutput(regex="kept[0-9]"))) is first
+    with pytest.raises(InvalidGrammarError):
+        outcome(grammars.start(bad, check=True))
+    refused = grammars.start(bad)
+    assert refused.done()
     errors = []
     for _ in range(2):
         with pytest.raises(InvalidGrammarError) as caught:
@@ -470,6 +475,124 @@ def test_what_is_kept_is_bounded() -> None:
         grammars.close()
     with pytest.raises(EngineClosedError):
         grammars.start(specs[0])
+
+
+class SlowChecker:
+    """In the checking process' place: each grammar takes until it is told to go on; tells which it was asked."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.go = threading.Semaphore(0)
+
+    def begin(self) -> None:
+        return
+
+    def check(self, text: str) -> int:
+        self.texts.append(text)
+        assert self.go.acquire(timeout=10)
+        return 1
+
+    def close(self) -> None:
+        self.go.release(1000)
+
+    def asked(self, grammars: Grammars, specs: Sequence[StructuredOutput], wanted: int) -> list[int]:
+        """Which of the specs it was asked, once it was asked so many."""
+        deadline = time.monotonic() + 10
+        while len(self.texts) < wanted and time.monotonic() < deadline:
+            time.sleep(0.002)
+        texts = [grammar_text(spec, False) for spec in specs]
+        return [texts.index(text) for text in self.texts]
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[Grammars, SlowChecker]]:
+    grammars, checker = Grammars(lambda: TABLE), SlowChecker()
+    grammars._checker = checker  # type: ignore[assignment]
+    yield grammars, checker
+    checker.close()
+    grammars.close()
+
+
+SPECS = [StructuredOutput(regex=f"a{i}") for i in range(300)]
+
+
+def test_what_nobody_waits_for_is_not_compiled(slow: tuple[Grammars, SlowChecker]) -> None:
+    grammars, checker = slow
+    first, second, third = (grammars.start(spec, check=True) for spec in SPECS[:3])
+    also = grammars.start(SPECS[2], check=True)
+    assert checker.asked(grammars, SPECS, 1) == [0]
+    assert second.cancel()
+    assert third.cancel()  # somebody else waits for it
+    assert first.cancel()  # begun: it is kept all the same
+    assert grammars.waiting == 1
+    checker.go.release(2)
+    assert also.result(10)
+    assert checker.asked(grammars, SPECS, 2) == [0, 2]
+    assert grammars.kept[0] == 2
+    assert grammars.start(SPECS[0]).done()
+    again = grammars.start(SPECS[1], check=True)
+    assert checker.asked(grammars, SPECS, 3) == [0, 2, 1]
+    checker.go.release()
+    assert again.result(10)
+
+
+def test_who_waits_takes_turns(slow: tuple[Grammars, SlowChecker]) -> None:
+    """By the key's half of the salt; one that several wait for has its place with each of them."""
+    grammars, checker = slow
+    key, other = "k" * 32, "o" * 32
+    for i in range(5):
+        grammars.start(SPECS[i], check=True, salt=key + str(i))
+    assert checker.asked(grammars, SPECS, 1) == [0]
+    grammars.start(SPECS[4], check=True, salt=other)
+    grammars.start(SPECS[5], check=True, salt=other)
+    last = grammars.start(SPECS[6], check=True)
+    checker.go.release(10)
+    assert last.result(10)
+    assert checker.asked(grammars, SPECS, 7) == [0, 1, 4, 6, 2, 5, 3]
+
+
+def test_how_many_may_wait(slow: tuple[Grammars, SlowChecker]) -> None:
+    grammars, checker = slow
+    grammars.start(SPECS[0], check=True, salt="a")
+    assert checker.asked(grammars, SPECS, 1) == [0]
+    waiting = [grammars.start(spec, check=True, salt="a", bounded=True) for spec in SPECS[1 : 1 + MAX_WAITING // 4]]
+    assert grammars.start(SPECS[1], salt="a", bounded=True)  # no other one
+    with pytest.raises(OverloadedError) as caught:
+        grammars.start(SPECS[299], check=True, salt="a", bounded=True)
+    check_message(caught.value)
+    assert grammars.start(SPECS[299], check=True, salt="a").cancel()  # of a program, whose requests are its own
+    for at, salt in enumerate("bcd"):
+        begin = MAX_WAITING // 4 * (at + 1)
+        waiting += [grammars.start(s, salt=salt, bounded=True) for s in SPECS[begin + 1 : begin + 1 + MAX_WAITING // 4]]
+    with pytest.raises(OverloadedError):
+        grammars.start(SPECS[299], salt="e", bounded=True)
+    assert all(ticket.cancel() for ticket in waiting[1:])
+    assert grammars.waiting == 1
+    grammars.close()
+    assert waiting[0].cancelled()
+
+
+def test_a_vocabulary_that_cannot_be_read_is_read_once() -> None:
+    """A tokenizer of some family, which no grammar can follow: its requests are refused, and say why."""
+    tried: list[int] = []
+
+    def broken() -> TokenTable:
+        tried.append(1)
+        raise TypeError("sequence item 0: expected str instance, NoneType found")
+
+    grammars = Grammars(broken)
+    try:
+        for spec in SPECS[:2]:
+            with pytest.raises(InvalidGrammarError, match="reading it fails with TypeError") as caught:
+                outcome(grammars.start(spec, check=True))
+            check_message(caught.value)
+        with pytest.raises(InvalidGrammarError):
+            grammars.warm()
+    finally:
+        grammars.close()
+    assert len(tried) == 1
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,6 +690,37 @@ def test_its_memory_is_bounded() -> None:
         process.stdout.close()
 
 
+def test_it_imports_nothing_from_the_working_directory(tmp_path: Path) -> None:
+    """A file that lies where the server was started must not run."""
+    (tmp_path / "resource.py").write_text("import os\nos.write(1, b'taken')\nos._exit(0)\n", encoding="utf-8")
+    program = (
+        "from mm_core.structured.checker import Checker\nfrom mm_core.structured.library import TokenTable\n"
+        "c = Checker(lambda: TokenTable([b'a', b'b'], [], []))\n"
+        "c.begin(); print(c._process.stdout.read(5)); c.close()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert found.stdout.startswith("b'")
+    assert "taken" not in found.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says so")
+def test_it_may_do_next_to_nothing() -> None:
+    checker = Checker(lambda: TABLE)
+    try:
+        checker.check(grammar_text(StructuredOutput(choice=["a"]), False))
+        told = Path(f"/proc/{checker.pid}/status").read_text(encoding="utf-8")
+        fields = dict(line.split(":\t", 1) for line in told.splitlines() if ":\t" in line)
+        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+        assert int(fields["CapEff"], 16) == 0
+        limits = Path(f"/proc/{checker.pid}/limits").read_text(encoding="utf-8")
+        assert re.search(r"Max open files\s+64 ", limits)
+        assert re.search(r"Max file size\s+0 ", limits)
+    finally:
+        checker.close()
+
+
 # -- a model's tokenizer -------------------------------------------------------------------
 
 
@@ -633,10 +787,12 @@ class LateGrammars:
     """Compiles when it is told to."""
 
     def __init__(self) -> None:
-        self.futures: dict[StructuredOutput, Future[Any]] = {}
+        self.futures: dict[StructuredOutput, list[Future[Any]]] = {}
 
-    def start(self, spec: StructuredOutput) -> Future[Any]:
-        return self.futures.setdefault(spec, Future())
+    def start(self, spec: StructuredOutput, *, salt: str | None = None) -> Future[Any]:
+        assert salt is None
+        self.futures.setdefault(spec, []).append(Future())
+        return self.futures[spec][-1]
 
 
 def request(name: str, **settings: Any) -> PreparedRequest:
@@ -658,9 +814,12 @@ def test_a_request_is_submitted_again_when_its_grammar_is_there(library: Library
     ended = desk.abort("2", FinishReason.ABORT)
     assert [(o.request_id, o.index, o.finish_reason) for o in ended] == [("2", 0, "abort"), ("2", 1, "abort")]
     assert desk.abort("2", FinishReason.ABORT) == desk.abort("p", FinishReason.ABORT) == []
-    late.futures[spec].set_result(Compiled(library, grammar_text(spec, False)))
-    assert [m.request.request_id for m in sent if isinstance(m, Submit)] == ["1", "2", "3"]
-    assert [desk.ready(m.request) for m in sent] == [True, False, True]  # type: ignore[union-attr]
+    assert [future.cancelled() for future in late.futures[spec]] == [False, True, False]
+    for future in late.futures[spec][::2]:
+        future.set_result(Compiled(library, grammar_text(spec, False)))
+    assert [m.request.request_id for m in sent if isinstance(m, Submit)] == ["2", "1", "3"]
+    assert [desk.ready(m.request) for m in sent] == [False, True, True]  # type: ignore[union-attr]
+    assert len(late.futures[spec]) == 3
     assert desk.held == []
     first, second = desk.matchers(one)
     assert first is not second
@@ -673,7 +832,7 @@ def test_a_grammar_that_fails_late_ends_its_request() -> None:
     desk.source = late  # type: ignore[assignment]
     asked = request("1", structured=StructuredOutput(choice=["a"]))
     assert not desk.ready(asked)
-    late.futures[StructuredOutput(choice=["a"])].set_exception(InvalidGrammarError("No.", param="structured"))
+    late.futures[StructuredOutput(choice=["a"])][0].set_exception(InvalidGrammarError("No.", param="structured"))
     with pytest.raises(InvalidGrammarError, match="No"):
         desk.ready(asked)
     assert desk.held == []

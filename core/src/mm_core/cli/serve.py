@@ -44,6 +44,9 @@ def _add_listening(group: Any) -> None:
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients")
     group.add_argument("--allow-origin", action="append", metavar="ORIGIN", dest="allowed_origins",
                        help="a web page that may call from a browser; repeat for several (default: none)")  # fmt: skip
+    group.add_argument("--allowed-host", action="append", metavar="NAME", dest="allowed_hosts",
+                       help="a name of this server that calls without a key may be sent to; repeat for several "
+                       "(default: localhost, --host, and addresses)")  # fmt: skip
     group.add_argument("--no-playground", action="store_false", dest="playground", help="no page at /")
     group.add_argument("--log-format", choices=("text", "json"), help="of the lines on stderr (default text)")
     group.add_argument("--log-prompts", action="store_true", help="also log what was asked")
@@ -51,7 +54,7 @@ def _add_listening(group: Any) -> None:
 
 def _add_bounds(group: Any) -> None:
     for name, kind, text in (
-        ("max-running", int, "calls inside the engine (default: twice --max-num-seqs)"),
+        ("max-running", int, "answers inside the engine (default: twice --max-num-seqs)"),
         ("max-waiting", int, "calls that may wait; more get 429 (default 1024)"),
         ("max-waiting-per-key", int, "of one key's (default: as --max-waiting)"),
         ("max-queue-s", float, "refuse calls that would wait longer than this (default: no such bound)"),
@@ -143,7 +146,10 @@ def serve(arguments: argparse.Namespace) -> int:
         ) from None
     given = vars(arguments)
     model = str(default_model()) if arguments.model is None else arguments.model
-    return run_server(model, engine_options(given), server_config(given))
+    config = server_config(given)
+    for name in (KEYS_VARIABLE, ADMIN_VARIABLE):  # nothing that is started from here is told
+        os.environ.pop(name, None)
+    return run_server(model, engine_options(given), config)
 
 
 def server_config(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServerConfig:

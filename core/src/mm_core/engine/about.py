@@ -39,6 +39,11 @@ class About:
         """Requests that have not ended, queued and being prepared ones included."""
         return len(self._live)
 
+    @property
+    def num_started(self) -> int:
+        """Those of them that have a token."""
+        return sum([live.first_token is not None for live in list(self._live.values())])
+
     def stats(self) -> dict[str, Any]:
         """Counters of engine core and input pipeline."""
         pipeline = self.pipeline

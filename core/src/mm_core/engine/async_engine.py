@@ -174,6 +174,11 @@ class AsyncEngine:
         """The settings it was made with."""
         return self._frontend.config
 
+    @property
+    def num_started(self) -> int:
+        """Requests that have a token and have not ended."""
+        return self._frontend.num_started
+
     def health(self, stall_timeout_s: float = 30.0) -> EngineHealth:
         """How the engine's loop does; costs nothing."""
         return self._frontend.health(stall_timeout_s)

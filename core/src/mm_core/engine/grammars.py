@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from mm_core.config import SamplingParams
 from mm_core.engine.messages import Message, Submit, TokenOutput
@@ -21,7 +22,7 @@ class GrammarDesk:
     def __init__(self) -> None:
         self.source: Grammars | None = None
         self.wake: Callable[[Message], None] = _to_nobody
-        self._held: dict[str, PreparedRequest] = {}
+        self._held: dict[str, tuple[PreparedRequest, Future[Compiled]]] = {}
         self._dropped: set[str] = set()  # ended while they were held; they are submitted again all the same
         self._compiled: dict[str, Compiled] = {}
 
@@ -32,17 +33,19 @@ class GrammarDesk:
         if spec is None:
             return True
         name = request.request_id
-        self._held.pop(name, None)
+        held = self._held.pop(name, None)
         if name in self._dropped:
             self._dropped.discard(name)
             return False
         if self.source is None:
             raise InvalidParamsError("This engine has no structured output.", param="structured")
-        future = self.source.start(spec)
+        future = None if held is None or held[1].cancelled() else held[1]  # what it waited for may be forgotten
+        if future is None:
+            future = self.source.start(spec, salt=request.cache_salt)
         if future.done():
             self._compiled[name] = outcome(future)
             return True
-        self._held[name] = request
+        self._held[name] = (request, future)
         future.add_done_callback(lambda _: self.wake(Submit(request)))
         return False
 
@@ -61,10 +64,12 @@ class GrammarDesk:
 
     def abort(self, request_id: str, reason: FinishReason) -> list[TokenOutput]:
         """End a request that waits; nothing for another."""
-        request = self._held.pop(request_id, None)
-        if request is None:
+        held = self._held.pop(request_id, None)
+        if held is None:
             return []
         self._dropped.add(request_id)
+        request, future = held
+        future.cancel()
         return [TokenOutput(request_id, i, None, finish_reason=reason.value) for i in range(request.params.n)]
 
     def close(self) -> None:

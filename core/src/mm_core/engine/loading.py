@@ -94,18 +94,20 @@ class LoadedModel:
     @cached_property
     def grammars(self) -> Grammars:
         """What compiles grammars; nothing happens before the first one."""
-        return Grammars(self._token_table)
-
-    def _token_table(self) -> TokenTable:
-        processor = self.processor
-        ends = eos_token_ids(self.checkpoint.generation_config, processor.tokenizer)
-        ends |= frozenset(processor.default_sampling().stop_token_ids)
-        return read_tokens(processor.tokenizer, self.vocab_size, ends)
+        # Not a method: whoever keeps the grammars would keep the model.
+        return Grammars(partial(_token_table, self.make_processor, self.checkpoint, self.vocab_size))
 
     @property
     def pin_for(self) -> torch.device | None:
         """The GPU that copies prepared media by itself, where there is one."""
         return self.device if self.device.type == "cuda" else None
+
+
+def _token_table(make_processor: Callable[[], Processor], checkpoint: LoadedCheckpoint, vocab_size: int) -> TokenTable:
+    processor = make_processor()
+    ends = eos_token_ids(checkpoint.generation_config, processor.tokenizer)
+    ends |= frozenset(processor.default_sampling().stop_token_ids)
+    return read_tokens(processor.tokenizer, vocab_size, ends)
 
 
 def tasks_of(registry: PluginRegistry, owner: Owner, checkpoint: LoadedCheckpoint) -> Mapping[str, Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,6 +14,11 @@ from mm_core.types import MediaFeature, MediaItem, Modality
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+MAX_NAME_BYTES = 2**27
+TENANT = 32  # characters of a salt
+_NAME_BYTES = 1024  # of a name, its item, and their places in the maps
+_PART_BYTES = 32  # of a number in a sequence
 
 
 class LruMap(Generic[K, V]):
@@ -69,12 +74,18 @@ class MediaName(NamedTuple):
 
 
 class NameRegistry:
-    """The latest item given under each name. Of more than `capacity` the least recently used one goes, pinned ones
-    never."""
+    """The latest item given under each name. Of more than `capacity`, or `max_bytes`, the least recently used one goes,
+    pinned ones never; where one tenant's are more than half, of these. Tenant: a salt's first half, which is that of
+    the server's key."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, max_bytes: int = MAX_NAME_BYTES) -> None:
         self._capacity = capacity
+        self._max_bytes = max_bytes
         self._items: OrderedDict[MediaName, MediaItem] = OrderedDict()
+        self._tenants: dict[str, OrderedDict[MediaName, int]] = {}  # bytes of each name's item
+        self._nbytes: Counter[str] = Counter()
+        self._total = 0
+        self._largest = ""  # the tenant that had more than half last
         self._by_owner: dict[Owner, set[MediaName]] = {}
         self._pinned: dict[MediaName, MediaItem] = {}
         self._pins: set[Owner] = set()
@@ -87,6 +98,7 @@ class NameRegistry:
                 return self._pinned[name]
             if touch and name in self._items:
                 self._items.move_to_end(name)
+                self._tenants[_tenant(name)].move_to_end(name)
             return self._items.get(name)
 
     def put(self, name: MediaName, item: MediaItem) -> None:
@@ -96,13 +108,38 @@ class NameRegistry:
             if name.owner in self._pins:
                 self._pinned[name] = item
                 return
-            self._items[name] = item
-            self._items.move_to_end(name)
+            self._insert(name, item)
             self._shrink()
 
+    def _insert(self, name: MediaName, item: MediaItem) -> None:
+        if name in self._items:
+            self._take_out(name)
+        tenant, nbytes = _tenant(name), _item_bytes(name, item)
+        self._items[name] = item
+        self._tenants.setdefault(tenant, OrderedDict())[name] = nbytes
+        self._nbytes[tenant] += nbytes
+        self._total += nbytes
+        if self._has_most(tenant):
+            self._largest = tenant
+
+    def _take_out(self, name: MediaName) -> MediaItem:
+        tenant = _tenant(name)
+        nbytes = self._tenants[tenant].pop(name)
+        self._nbytes[tenant] -= nbytes
+        self._total -= nbytes
+        if not self._tenants[tenant]:
+            del self._tenants[tenant], self._nbytes[tenant]
+        return self._items.pop(name)
+
+    def _has_most(self, tenant: str) -> bool:
+        count = len(self._tenants.get(tenant, ()))
+        return 2 * count > self._capacity or 2 * self._nbytes[tenant] > self._max_bytes
+
     def _shrink(self) -> None:
-        while len(self._items) > self._capacity:
-            name, _ = self._items.popitem(last=False)
+        while len(self._items) > self._capacity or self._total > self._max_bytes:
+            most = self._tenants[self._largest] if self._has_most(self._largest) else self._items
+            name = next(iter(most))
+            self._take_out(name)
             self._disown(name)
 
     def _disown(self, name: MediaName) -> None:
@@ -119,7 +156,7 @@ class NameRegistry:
             self._pins.add(owner)
             for name in self._by_owner[owner]:
                 if name in self._items:
-                    self._pinned[name] = self._items.pop(name)
+                    self._pinned[name] = self._take_out(name)
             return True
 
     def unpin(self, owner: Owner) -> None:
@@ -128,7 +165,7 @@ class NameRegistry:
             if owner in self._pins:
                 self._pins.discard(owner)
                 for name in self._by_owner.get(owner, ()):
-                    self._items[name] = self._pinned.pop(name)
+                    self._insert(name, self._pinned.pop(name))
                 self._shrink()
 
     def knows(self, owner: Owner) -> bool:
@@ -143,8 +180,18 @@ class NameRegistry:
             for owner in [owner for owner in self._by_owner if wanted(owner)]:
                 self._pins.discard(owner)
                 for name in self._by_owner.pop(owner):
-                    gone.append(self._pinned.pop(name) if name in self._pinned else self._items.pop(name))
+                    gone.append(self._pinned.pop(name) if name in self._pinned else self._take_out(name))
             return gone
+
+
+def _tenant(name: MediaName) -> str:
+    return (name.owner.salt or "")[:TENANT]
+
+
+def _item_bytes(name: MediaName, item: MediaItem) -> int:
+    """About what a kept item takes: a video's times are most of it."""
+    parts = sum(len(value) for value in item.info.values() if isinstance(value, tuple | list))
+    return _NAME_BYTES + len(name.owner.uuid or "") + _PART_BYTES * parts
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,21 @@ def nobody() -> None:
 
 
 class _Wanted(Future[T]):
-    """Remembers that somebody asked to cancel it, be it too late."""
+    """Remembers that somebody asked to cancel it, be it too late; a future with `alone` that it waits for is cancelled
+    then, as nobody else waits for that."""
 
     dropped = False
+    awaited: Future[Any] | None = None
 
     def cancel(self) -> bool:
         self.dropped = True
+        self.let_go()
         return super().cancel()
+
+    def let_go(self) -> None:
+        """Cancel what is waited for, where nobody else does."""
+        if self.awaited is not None and getattr(self.awaited, "alone", False):
+            self.awaited.cancel()
 
 
 class _Task(Generic[T]):
@@ -41,7 +49,7 @@ class _Task(Generic[T]):
 
 class Coordinator:
     """Runs tasks in the order of their coming; those that need not wait any longer first. One whose
-    future was asked to cancel ends, if it has begun, when its wait does.
+    future was asked to cancel ends, if it has begun, when its wait does: at once where it waits alone.
 
     give_way: called before each stretch of work; returns when nothing more urgent runs.
     """
@@ -111,7 +119,10 @@ class Coordinator:
         except BaseException as error:  # a plugin's sys.exit: this thread serves the others' requests
             self._end(task, error)
         else:
+            task.future.awaited = awaited
             awaited.add_done_callback(lambda _: self._wake(task))
+            if task.future.dropped:  # meanwhile
+                task.future.let_go()
 
     def _end(self, task: _Task[Any], error: BaseException) -> None:
         self._begun.discard(task)

@@ -18,6 +18,7 @@ from mm_core.inputs.limits import DecodedBudget
 from mm_core.inputs.messages import GivenItem
 from mm_core.inputs.pinning import Pinner
 from mm_core.inputs.prompt import guarded
+from mm_core.inputs.room import Room, Stay
 from mm_core.media.decode import MediaLimits
 from mm_core.media.decoder import Decoder
 from mm_core.media.video import VideoSampling
@@ -37,6 +38,7 @@ class MediaJob:
     sampling: VideoSampling
     allow_paths: bool
     budget: DecodedBudget
+    stay: Stay
     peek: bool = False
     warnings: list[str] = field(default_factory=list)
 
@@ -49,7 +51,8 @@ def _name(job: MediaJob, modality: Modality, uuid: str) -> MediaName:
 class MediaLoader:
     """Processor cache and uuid registry of one pipeline.
 
-    in_pool(name, work) begins work in a thread of the pool. give_way: see `Coordinator`. decoder: see `Fetcher`.
+    in_pool(name, work) begins work in a thread of the pool. give_way: see `Coordinator`. room: of what
+    requests hold. decoder: see `Fetcher`.
     """
 
     processor: Processor
@@ -60,6 +63,7 @@ class MediaLoader:
     pinner: Pinner
     in_pool: Callable[[str, Callable[[], Any]], Future[Any]]
     give_way: Callable[[], None]
+    room: Room
     decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
@@ -77,44 +81,51 @@ class MediaLoader:
             _warn(media, index, job)
             uuid = items[index].uuid
             if uuid is not None and not job.peek:
-                self.names.put(_name(job, media.modality, uuid), replace(media, data=None))
+                self.names.put(_name(job, media.modality, uuid), media)
         features = []
         for index, item in enumerate(items):
             features.append(found[index][1] if index in found else (yield from self._recall(item, index, job)))
         return features
 
     def _load_all(self, items: Sequence[GivenItem], job: MediaJob) -> Steps[list[tuple[MediaItem, MediaFeature]]]:
-        """Items with content: recognise them, then find or make their features. What takes long is
-        begun for all of them before any of it is waited for."""
-        fetched = yield from self._fetch_all(items, job)
+        """Items with content, without it: recognise them, then find or make their features. Fetching is begun for all
+        before any is waited for; a feature when its item is there, unless those before it are too much already."""
+        fetches: list[Fetched | Future[Fetched] | None] = []
         begun: list[tuple[MediaItem, MediaFeature | Future[MediaFeature]]] = []
-        for item, found in zip(items, fetched, strict=True):
-            begun.append((found.item, self._begin_feature(found, item.uuid, job)))
-        loaded = []
-        for media, feature in begun:
-            if isinstance(feature, Future):
-                yield feature
-                feature = feature.result()
-            loaded.append((media, feature))
-        return loaded
-
-    def _fetch_all(self, items: Sequence[GivenItem], job: MediaJob) -> Steps[list[Fetched]]:
-        begun: list[Fetched | Future[Fetched]] = []
+        loaded: list[tuple[MediaItem, MediaFeature]] = []
         try:
             for item in items:
                 work = partial(self._fetch, item, job)
-                begun.append(work() if is_quick(item.value) else self.in_pool("load", work))
-            fetched = []
-            for found in begun:
+                fetches.append(work() if is_quick(item.value) else self.in_pool("load", work))
+            for index, item in enumerate(items):
+                found, fetches[index] = fetches[index], None  # what was decoded lives no longer than it is needed
                 if isinstance(found, Future):
                     yield found
                     found = found.result()
-                fetched.append(found)
-            return fetched
+                assert found is not None
+                yield from self.room.wait(job.stay)
+                begun.append((replace(found.item, data=None), self._begin_feature(found, item.uuid, job)))
+                del found
+                while len(loaded) < len(begun) and _is_there(begun[len(loaded)][1]):
+                    loaded.append(self._take(*begun[len(loaded)], job))
         finally:
-            for found in begun:
-                if isinstance(found, Future):
-                    found.cancel()
+            for each in fetches:
+                if isinstance(each, Future):
+                    each.cancel()
+        for media, feature in begun[len(loaded) :]:
+            if isinstance(feature, Future):
+                yield feature
+            loaded.append(self._take(media, feature, job))
+        return loaded
+
+    def _take(
+        self, media: MediaItem, feature: MediaFeature | Future[MediaFeature], job: MediaJob
+    ) -> tuple[MediaItem, MediaFeature]:
+        """A feature that is there, counted. Raises what making it raised, MediaTooLargeError, ContextLengthError."""
+        if isinstance(feature, Future):
+            feature = feature.result()
+        self.room.count(job.stay, feature)
+        return media, feature
 
     def _fetch(self, item: GivenItem, job: MediaJob) -> Fetched:
         job.budget.check()
@@ -165,6 +176,7 @@ class MediaLoader:
             raise not_cached(given.modality, "multi_modal_uuids")
         if media is not None:
             _warn(media, index, job)
+        self.room.count(job.stay, feature)
         return feature
 
     # -- by name ---------------------------------------------------------------------------
@@ -221,6 +233,10 @@ class MediaLoader:
                 f"{item.modality!r} with at least one row. Report it to the plugin's author."
             )
         return replace(feature, key=key, uuid=uuid)
+
+
+def _is_there(feature: MediaFeature | Future[MediaFeature]) -> bool:
+    return not isinstance(feature, Future) or feature.done()
 
 
 def _warn(media: MediaItem, index: int, job: MediaJob) -> None:

@@ -29,6 +29,7 @@ from mm_core.inputs.messages import Given, PromptLike, check_salt, read_prompt
 from mm_core.inputs.pinning import Pinner
 from mm_core.inputs.pool import Pool
 from mm_core.inputs.prompt import PromptRenderer, count_items, guarded, is_long, too_long
+from mm_core.inputs.room import Room, Stay
 from mm_core.inputs.sources import Parts, SourceMaker
 from mm_core.inputs.warm import WarmPrompt, read_warm
 from mm_core.media.audio import Audio
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 MAX_THREADS = 8
 MAX_WARM = 256
+
+_REQUESTS = 4  # whose media may be as large as one request's can be, at a time; of smaller ones as many as fit
 
 _ANY_SAMPLING = VideoSampling()  # of requests without videos
 
@@ -96,9 +99,10 @@ class InputPipeline:
         self._renderer = PromptRenderer(self.processor, self.family, self.vocab_size, self.max_model_len)
         pinner = Pinner(self.pin_for, config.processor_cache_size)
         self._decoder = TimedDecoder(make_decoder(config))
+        self._room = Room(_REQUESTS * config.max_decoded_bytes)
         self._media = MediaLoader(
             self.processor, self.family, self._hasher, media_limits(config), config.processor_cache_size, pinner,
-            self._in_pool, self.give_way, self._decoder,
+            self._in_pool, self.give_way, self._room, self._decoder,
         )  # fmt: skip
         own = self.processor.default_sampling()
         self._stop_ids = frozenset(self.stop_token_ids) | frozenset(own.stop_token_ids)
@@ -193,21 +197,36 @@ class InputPipeline:
         self._check_counts(counts)
         self._check_kwargs(given.processor_kwargs)
         if ask.params.structured is not None and not ask.peek:
-            compiled = self._grammars.start(ask.params.structured, check=True)
+            compiled = self._grammars.start(
+                ask.params.structured, check=True, salt=given.cache_salt, bounded=not ask.allow_paths
+            )
             yield compiled
             outcome(compiled)
         if is_long(given):
             ids = yield from self._apart("tokenize", lambda: self._renderer.render(given, ask.template))
         else:
             ids = self._renderer.render(given, ask.template)
-        features: list[MediaFeature] = []
-        warnings: tuple[str, ...] = ()
-        if given.items:
+        if not given.items:
+            return self._put_together(ask, given, ids, [])
+        return (yield from self._with_media(ask, given, ids, MediaRequest(counts, given.processor_kwargs)))
+
+    def _with_media(self, ask: _Ask, given: Given, ids: list[int], request: MediaRequest) -> Steps[PreparedRequest]:
+        # In a prompt each item has at least as many tokens as rows, but where they are read beside it.
+        places = self.max_model_len if self.fusion.kind == "embed" else None
+        stay = Stay(self.config.max_decoded_bytes, places)
+        self._room.enter(stay)
+        try:
             self.give_way()
-            features, warnings = yield from self._features(given, MediaRequest(counts, given.processor_kwargs), ask)
+            yield from self._room.wait(stay)
+            features, warnings = yield from self._features(given, request, ask, stay)
             self.give_way()
-        prepared = self._put_together(ask, given, ids, features)
-        return replace(prepared, warnings=warnings) if warnings else prepared
+            prepared = self._put_together(ask, given, ids, features)
+            prepared = replace(prepared, warnings=warnings) if warnings else prepared
+        except BaseException:
+            self._room.leave(stay)
+            raise
+        self._room.keep(stay, prepared)
+        return prepared
 
     def _put_together(self, ask: _Ask, given: Given, ids: list[int], features: list[MediaFeature]) -> PreparedRequest:
         salt = given.cache_salt
@@ -334,13 +353,13 @@ class InputPipeline:
         return positions, int(delta)
 
     def _features(
-        self, given: Given, request: MediaRequest, ask: _Ask
+        self, given: Given, request: MediaRequest, ask: _Ask, stay: Stay
     ) -> Steps[tuple[list[MediaFeature], tuple[str, ...]]]:
         """Features of all items, in the order given, and what the caller should know of them."""
         namespace = self._salted(given.cache_salt)
         sampling = self._sampling(request) if "video" in request.counts else _ANY_SAMPLING
         budget = DecodedBudget(self.config.max_decoded_bytes)
-        job = MediaJob(request, given.cache_salt, namespace, sampling, ask.allow_paths, budget, ask.peek)
+        job = MediaJob(request, given.cache_salt, namespace, sampling, ask.allow_paths, budget, stay, ask.peek)
         try:
             return (yield from self._media.load(given.items, job)), tuple(job.warnings)
         except RequestError as error:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_core import confinement
 from mm_core.errors import MMError
 from mm_core.media import audio, decode, video
 from mm_core.media.wire import SLAB, Channel, Choose, Chosen, Done, Failed, Job, Memory, Need, Ready, ToWorker
@@ -137,17 +138,13 @@ def preload() -> None:
 
 
 def bind(memory: int) -> None:
-    """From here on: no new processes, no written files, no core dumps, and so much more address space."""
+    """From here on: no new processes, no written files, no connections, no core dumps, no rights of root's, and so much
+    more address space."""
     with open("/proc/self/statm", "rb") as file:
         base = int(file.read().split()[0]) * resource.getpagesize()
-    bounds = {
-        resource.RLIMIT_AS: base + memory, resource.RLIMIT_NOFILE: _OPEN_FILES, resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
-    }  # fmt: skip
-    for what, bound in bounds.items():
-        hard = resource.getrlimit(what)[1]
-        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(what, (bound, bound))
+    confinement.limit(AS=base + memory, NOFILE=_OPEN_FILES, NPROC=0, FSIZE=0, CORE=0)
+    confinement.drop_privileges()
+    confinement.refuse_calls()
 
 
 def main(arguments: Sequence[str]) -> None:

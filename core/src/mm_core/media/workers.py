@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from mm_core import errors
+from mm_core.confinement import child_environment
 from mm_core.errors import ConfigError, EngineClosedError, EngineError, MediaDecodeError, MMError
 from mm_core.media.audio import Audio
 from mm_core.media.decode import MediaLimits
@@ -56,9 +57,14 @@ _MAX_JOBS = 4096  # then a worker is replaced: what its libraries leak stays sma
 _KINDS = frozenset(
     ("MediaError", "MediaDecodeError", "MediaTooLargeError", "UnsupportedMediaError", "MissingExtraError")
 )
-_PASSED_ON = (
-    "PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR",
-)  # fmt: skip
+_CODES = frozenset((
+    "audio_too_long", "empty_audio", "image_aspect", "image_too_large", "invalid_audio", "invalid_image",
+    "invalid_media", "invalid_video", "media_too_large", "missing_extra", "no_audio_stream", "nonfinite_audio",
+    "unsupported_media",
+))  # fmt: skip
+_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}  # keep what comes again
+_MAX_RATE = 2**24  # Hz
+_MAX_TEXT, _MAX_PARAM = 1000, 100  # characters of what a worker tells
 _ITEM_BYTES = {"image": 1, "video": 1, "audio": 4}
 _AXES = {"image": 3, "video": 4, "audio": 1}
 
@@ -223,21 +229,21 @@ class _Worker:
     def _talk(
         self, channel: Channel, job: Job, choose: Callable[[int, float], Sequence[int]] | None, deadline: float
     ) -> _Result:
-        """Answer a worker's questions until it has a result."""
-        video: tuple[int, float, Sequence[int]] = (0, 0.0, ())
+        """Answer a worker's questions, each kind once, until it has a result."""
+        video: tuple[int, float, Sequence[int]] | None = None
         with contextlib.ExitStack() as held:
             memory: tuple[int, int] | None = None
             while True:
                 message, _ = channel.receive(deadline)
-                if isinstance(message, Choose) and choose is not None:
+                if isinstance(message, Choose) and choose is not None and video is None:
                     video = (message.total, message.fps, self._choose(channel, message, choose, deadline))
                     channel.send(Chosen(list(video[2])))
-                elif isinstance(message, Need) and SLAB < message.nbytes <= _most_bytes(job):
+                elif isinstance(message, Need) and memory is None and SLAB < message.nbytes <= _most_bytes(job):
                     memory = (held.enter_context(_shared(message.nbytes)), message.nbytes)
                     channel.send(Memory(), memory[0])
                 elif isinstance(message, Done):
-                    nbytes = _checked_size(message, job, len(video[2]))
-                    return _Result(message, self._content(nbytes, memory), *video)
+                    nbytes = _checked_size(message, job, len(video[2]) if video else 0)
+                    return _Result(message, self._content(nbytes, memory), *(video or ()))
                 elif isinstance(message, Failed):
                     raise self._fault(message)
                 else:
@@ -267,13 +273,13 @@ class _Worker:
         """The error that a worker tells of."""
         if message.spent:
             self._restart()
-        if message.kind not in _KINDS:
-            return _BrokenError(message.detail)
-        fault: MMError = getattr(errors, message.kind)(message.text[:1000])
+        if message.kind not in _KINDS or message.code not in _CODES:
+            return _BrokenError(message.detail[:_MAX_TEXT])
+        fault: MMError = getattr(errors, message.kind)(message.text[:_MAX_TEXT])
         fault.code = message.code
         if isinstance(fault, errors.RequestError):
-            fault.param = message.param
-        fault.__cause__ = RuntimeError(message.detail)
+            fault.param = None if message.param is None else message.param[:_MAX_PARAM]
+        fault.__cause__ = RuntimeError(message.detail[:_MAX_TEXT])
         return fault
 
     # -- the process -----------------------------------------------------------------------
@@ -286,7 +292,7 @@ class _Worker:
                 passed = (theirs.fileno(), slab)
                 arguments = [str(each) for each in (*passed, self.settings.memory_bytes)]
                 self._process = subprocess.Popen(
-                    [sys.executable, *self.settings.command, *arguments], pass_fds=passed, env=_environment(),
+                    [sys.executable, *self.settings.command, *arguments], pass_fds=passed, env=child_environment(_HEAP),
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
         except BaseException:
@@ -340,13 +346,6 @@ class _Worker:
         return process.wait()
 
 
-def _environment() -> dict[str, str]:
-    """Nothing that a worker need not know, keys among it; and one thread, as more are not allowed."""
-    kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    heap = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}  # keep what comes again
-    return {**kept, **heap, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-
 def _most_bytes(job: Job) -> int:
     """How large a result can be at most."""
     limits = job.limits
@@ -357,11 +356,13 @@ def _most_bytes(job: Job) -> int:
 
 
 def _checked_size(done: Done, job: Job, frames: int) -> int:
-    """Bytes of a result whose shape is one that the job can have."""
+    """Bytes of a result whose shape, and rate, is one that the job can have."""
     fits = len(done.shape) == _AXES[job.modality] and min(done.shape) > 0
     fits = fits and (job.modality == "audio" or done.shape[-1] == 3)
     if not fits or (job.modality == "video" and done.shape[0] != frames):
         raise _BrokenError(f"a result of shape {done.shape}")
+    if job.modality == "audio" and not (0 < done.rate <= _MAX_RATE and job.sampling_rate in (None, done.rate)):
+        raise _BrokenError(f"a sound of {done.rate} Hz")
     return math.prod(done.shape) * _ITEM_BYTES[job.modality]
 
 

@@ -20,6 +20,7 @@ from mm_core.server.metrics import Metrics
 from mm_core.server.middleware import CallMiddleware
 from mm_core.server.routes import admin, audio, chat, completions, health, metrics, models, playground
 from mm_core.server.routing import Route, RouteTable
+from mm_core.server.salts import callers_of
 
 ROUTES: tuple[Route, ...] = (
     *health.ROUTES,
@@ -34,10 +35,17 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
+_AHEAD = 8  # with several keys, what waits in the engine is at most this part of what it can run at once
+
+
 def build_context(engine: AsyncEngine, config: ServerConfig) -> ServerContext:
     """The server's parts around a loaded engine."""
     running = config.max_running or 2 * engine.config.max_num_seqs
-    gate = Gate(running, config.max_waiting, config.max_waiting_per_key, config.max_queue_s, config.max_pending_bytes)
+    pending = config.max_pending_bytes
+    share = pending // 2 if len(callers_of(config)) > 1 else pending
+    gate = Gate(running, config.max_waiting, config.max_waiting_per_key, config.max_queue_s, pending, share)
+    if len(callers_of(config)) > 1:
+        gate.keep_ahead(lambda: engine.num_started, max(engine.config.max_num_seqs // _AHEAD, 8))
     name = config.served_model_name or _name(engine.info.name)
     counters = Metrics(name)
     intake = MediaIntake.for_engine(config.media, engine, counters.on_media)

@@ -16,11 +16,16 @@ from mm_core.server.routing import Route
 
 T = TypeVar("T", bound=BaseModel)
 
-_LARGE = 2**20  # bytes from which on a body is parsed in a thread
-# Of one body, those in its texts included: each may be an object in memory, and nothing else runs while it is made.
+_LARGE = 2**17  # bytes from which on a body is parsed in a thread
+# Of one body less its media. Nothing else runs while a reader is at work, in a thread or not; and so much text fits
+# into no model's context.
+_MAX_JSON = 2**23
+# Those in texts included: each may be an object in memory.
 _MAX_COMMAS = 2**19
 _MAX_BRACKETS = 2**17
-_LONG = 2**16  # bytes of a text from which on it is not looked at twice
+_LONG = 2**16  # bytes of a text from which on it may be media, and is not looked at twice
+_WINDOW = _LONG // 2
+_PIECE = 2**20
 
 
 async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
@@ -64,12 +69,18 @@ async def read_model(request: Request, model: type[T]) -> T:
 
 
 def parse_model(body: bytes, model: type[T]) -> T:
-    """JSON text to a model. Raises InvalidBodyError, or the MMError that a validator of the model raised."""
-    if not body.strip():
+    """JSON text to a model. Raises InvalidBodyError, BodyTooLargeError, or what a validator of the model raised."""
+    short = _without_long_texts(body) if len(body) > _LONG else body
+    if len(short) > _MAX_JSON:
+        raise BodyTooLargeError(
+            f"The body holds more than {_MAX_JSON} bytes beside its media, which no model's context takes. Media are "
+            "not counted where their base64 has no line ends or other escapes."
+        )
+    if not short.strip():
         raise InvalidBodyError("The body is empty; a JSON object is wanted.")
-    if body.count(b",") > _MAX_COMMAS or body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
+    if short.count(b",") > _MAX_COMMAS or short.count(b"[") + short.count(b"{") > _MAX_BRACKETS:
         raise InvalidBodyError(f"The body holds more than {_MAX_COMMAS} values, or {_MAX_BRACKETS} lists and objects.")
-    _check_json(_without_long_texts(body) if len(body) > _LONG else body)
+    _check_json(short)
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as error:
@@ -87,23 +98,36 @@ class _NotFiniteError(ValueError):
 
 
 def _without_long_texts(body: bytes) -> bytes:
-    """A body whose long texts are cut off, as far as they have no escapes: pydantic looks at these in any case.
+    """A body whose long texts are cut off, as far as they may be base64: pydantic looks at these in any case.
 
     What stands between two quotes is a text if it begins with a letter or digit: behind a text's end neither may come.
+    Texts are found by windows without a quote, so that their number does not matter.
     """
     kept: list[bytes] = []
-    begin, quote = 0, body.find(b'"')
-    while quote >= 0:
-        following = body.find(b'"', quote + 1)
-        if (
-            following - quote > _LONG
-            and body[quote + 1 : quote + 2].isalnum()
-            and body.find(b"\\", quote, following) < 0
-        ):
+    begin = at = 0
+    while at + _WINDOW <= len(body):
+        if body.find(b'"', at, at + _WINDOW) >= 0:
+            at += _WINDOW
+            continue
+        quote, following = body.rfind(b'"', begin, at), body.find(b'"', at + _WINDOW)
+        if following < 0:
+            break
+        if quote >= 0 and following - quote > _LONG and _may_be_base64(body, quote + 1, following):
             kept.append(body[begin : quote + 2])
             begin = following
-        quote = following
+        at = following - following % _WINDOW + _WINDOW
     return b"".join([*kept, body[begin:]]) if kept else body
+
+
+def _may_be_base64(body: bytes, begin: int, end: int) -> bool:
+    """Whether a text is ASCII without blanks and escapes; piece by piece, so that other threads have their turn."""
+    if not body[begin : begin + 1].isalnum():
+        return False
+    for at in range(begin, end, _PIECE):
+        piece = body[at : min(at + _PIECE, end)]
+        if not piece.isascii() or b"\\" in piece or b" " in piece:
+            return False
+    return True
 
 
 def _check_json(body: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -51,8 +52,9 @@ class ServerConfig(Settings):
     the model's). max_body_bytes: of one call; max_pending_bytes: of all that are on their way.
     header_timeout_s, body_timeout_s: how long a client may take to send.
     max_waiting: calls that may wait for the engine; more are refused with 429. max_waiting_per_key: of one key's.
-    max_running: calls inside the engine (None: twice its max_num_seqs). max_queue_s: calls that would wait longer, as
+    max_running: answers inside the engine (None: twice its max_num_seqs). max_queue_s: calls that would wait longer, as
     far as the recent rate tells, are refused too. allowed_origins: web pages that may call from a browser.
+    allowed_hosts: names under which a server without keys may be called, beside `host`, localhost and addresses.
     request_timeout_s: of one answer. drain_timeout_s: how long calls in flight may take to end after SIGTERM.
     stall_timeout_s: without a step, while there is work, for which `/health` calls the engine stuck. in_process: engine
     and HTTP in one process. log_format: of the lines on stderr. log_prompts: also log what was asked (never media).
@@ -64,6 +66,7 @@ class ServerConfig(Settings):
     admin_key: SecretStr | None = None
     served_model_name: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     media: MediaConfig = Field(default_factory=MediaConfig)
     max_body_bytes: Bytes = 128 * 2**20
     max_pending_bytes: Bytes = 2 * 2**30
@@ -95,4 +98,7 @@ class ServerConfig(Settings):
         for origin in self.allowed_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(f"allowed_origins: {origin!r} is no origin, e.g. https://page.example")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", host):
+                raise ValueError(f"allowed_hosts: {host!r} is no host's name, e.g. box.example (without a port)")
         return self

@@ -38,7 +38,8 @@ class Call:
     """One HTTP call on its way. request_id: made here, never taken from the client. arrival: `time.perf_counter()`.
 
     disconnected: set when the client is gone; known only from the end of the body on. prompt_tokens,
-    completion_tokens, error_code: for the access log, filled in by whoever learns them. body_bytes: so far.
+    completion_tokens, error_code: for the access log, filled in by whoever learns them. body_bytes: so far. places:
+    held in the gate.
     """
 
     route: str
@@ -52,6 +53,7 @@ class Call:
     completion_tokens: int | None = None
     error_code: str | None = None
     body_bytes: int = 0
+    places: int = 0
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Lookups:
         self._left = at_once
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """Raises OSError where there are none, or where too many look-ups hang."""
+        """Raises OSError where there are none, too many look-ups hang, or a thread cannot start."""
         if self._left <= 0:
             raise OSError("too many look-ups hang")
         loop = asyncio.get_running_loop()
@@ -83,7 +83,11 @@ class Lookups:
                 loop.call_soon_threadsafe(finish, addresses, fault)
 
         self._left -= 1
-        threading.Thread(target=look_up, name="mm-lookup", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name="mm-lookup", daemon=True).start()
+        except RuntimeError as error:  # the process has as many threads as it may
+            self._left += 1
+            raise OSError("no thread for a look-up") from error
         return await told
 
 

@@ -36,6 +36,19 @@ class _Transport:
         self._protocol.part()
 
 
+class _Connection(h11.Connection):
+    """h11's reader, less heads that a proxy before us may have read as having another end (RFC 9112, 6.1)."""
+
+    def next_event(self) -> Any:
+        """As h11's; RemoteProtocolError where a head gives the body's length in two ways, or chunks in HTTP/1.0."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
+                raise h11.RemoteProtocolError("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+        return event
+
+
 class HttpProtocol(H11Protocol):
     """One connection. `limits` is set by `protocol_of`."""
 
@@ -48,6 +61,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse what is above the bound; else the head must come in time."""
         self._real = transport
+        self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.limits.max_connections:
             self._answer(503, "overloaded", "The server has as many connections as it takes.", retry=True)

@@ -13,6 +13,8 @@ prompt_log = logging.getLogger("mm_core.server.prompts")
 
 _LONGEST_SHOWN = 4096  # characters
 _MOST_SHOWN = 256  # entries of a list
+_LONGEST_WORD = 512  # characters without a blank; more of them are base64
+_MEDIA_KEYS = frozenset(("data", "b64_json", "file_data"))  # base64 stands there, without a scheme
 
 
 class TextFormatter(logging.Formatter):
@@ -48,7 +50,9 @@ def set_up(log_format: Literal["text", "json"], level: int = logging.INFO) -> No
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("mm_core").setLevel(level)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Its warnings are of bytes that are no HTTP: lines that anybody could write, as many as wanted.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def log_asked(request_id: str, body: Mapping[str, Any]) -> None:
@@ -58,15 +62,18 @@ def log_asked(request_id: str, body: Mapping[str, Any]) -> None:
     )
 
 
-def _shown(value: Any) -> Any:
-    """A body's texts, those that are media or very long cut off."""
+def _shown(value: Any, name: str = "") -> Any:
+    """A body's texts, those that are media or very long cut off. name: the key that the value is under."""
     if isinstance(value, Mapping):
-        return {str(name): _shown(each) for name, each in value.items()}
+        return {str(key): _shown(each, str(key)) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_shown(each) for each in value[:_MOST_SHOWN]]
+        return [_shown(each, name) for each in value[:_MOST_SHOWN]]
     if isinstance(value, str):
-        if value[:5].lower() == "data:":
+        if value.lstrip()[:5].lower() == "data:":
             return "data:…"
+        start = value[:_LONGEST_WORD]
+        if name in _MEDIA_KEYS or (len(value) > len(start) and start.isascii() and not set(start) & set(" \n")):
+            return f"… ({len(value)} characters)"
         return value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}… ({len(value)} characters)"
     return value
 

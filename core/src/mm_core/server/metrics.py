@@ -81,12 +81,11 @@ class TokenGaps:
 
 class Metrics:
     """A server's counters and times. model_name: a label of all families. snapshots: the engine's counters.
-    calls: those on their way. ended: requests that ended lately. watchers: pages that look on."""
+    calls: those on their way. ended: requests that ended lately."""
 
     def __init__(self, model_name: str = "") -> None:
         self.snapshots = Snapshots()
         self.calls: dict[Call, None] = {}
-        self.watchers = 0
         self.ended: deque[EndedRequest] = deque(maxlen=_KEPT)
         self._label = model_name
         self._histograms = {name: Histogram(bounds) for name, bounds, _ in _HISTOGRAMS}

@@ -23,6 +23,7 @@ from mm_core.server.config import ServerConfig
 from mm_core.server.context import ANYBODY, Call, Caller, ServerContext
 from mm_core.server.failures import log_unforeseen, reply_to
 from mm_core.server.gate import Gate
+from mm_core.server.pages import Pages
 from mm_core.server.routing import Route, RouteTable
 from mm_core.server.salts import caller_of
 
@@ -94,7 +95,7 @@ class CallMiddleware:
         self._context = context
         self._table = table
         self._keys = Keys(context.config)
-        self._allowed = {origin.rstrip("/").encode() for origin in context.config.allowed_origins}
+        self._pages = Pages(context.config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One call."""
@@ -108,7 +109,8 @@ class CallMiddleware:
             self._check_head(scope)
             call.caller = self._keys.find(scope["headers"]) or ANYBODY
             self._keys.check(route, call.caller)
-            self._check_page(route, scope["headers"])
+            if not self._keys.needed and call.caller is ANYBODY and route is not None and route.access != "open":
+                self._pages.check(scope["headers"])
             if route is None:
                 raise NotFoundError("There is no such route.")
             if route.method != scope["method"] and (route.method, scope["method"]) != ("GET", "HEAD"):
@@ -132,14 +134,6 @@ class CallMiddleware:
             # Whether all is well is asked every few seconds; the answer is worth a line when it is no.
             if wire.status >= 400 or route is None or not route.essential:
                 _log_end(scope, call, wire)
-
-    def _check_page(self, route: Route | None, headers: list[tuple[bytes, bytes]]) -> None:
-        """Where no key is needed, any web page that a user of this machine looks at could call: its browser says so."""
-        if self._keys.needed or route is None or route.access == "open":
-            return
-        given = dict(headers)
-        if given.get(b"sec-fetch-site") == b"cross-site" and not self._allowed & {given.get(b"origin"), b"*"}:
-            raise PermissionDeniedError("This web page may not call. The option --allow-origin names those that may.")
 
     def _check_head(self, scope: Scope) -> None:
         headers = scope["headers"]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mm_core.config import EngineConfig
+from mm_core.confinement import hide
 from mm_core.engine.async_engine import AsyncEngine
 from mm_core.errors import ConfigError, MMError
 from mm_core.server import logs
@@ -29,17 +31,37 @@ from mm_core.server.http import protocol_of
 logger = logging.getLogger(__name__)
 
 _CLOSE_S = 30.0
+_OTHER_FILES = 256  # for all that is no client's connection: workers, fetches, look-ups, files of the model
 _LAST_WORDS_S = 2.0  # for replies to calls that the end of the drain cut off
 
 
 def serve(model: str, engine_options: Mapping[str, Any], config: ServerConfig) -> int:
     """Load a model and serve it until SIGTERM or SIGINT; gives the exit code. Raises MMError where it cannot start."""
+    hide()  # before there are children
     logs.set_up(config.log_format)
+    config = within_limits(config)
     listening = bind(config)
     if not config.api_keys and not ip_address(listening.getsockname()[0]).is_loopback:
         logger.warning("no API key is set, and %s can be reached from other machines", url_of(listening))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_Life(model, engine_options_of(config, engine_options), config, listening).run())
+
+
+def within_limits(config: ServerConfig) -> ServerConfig:
+    """No more connections than files may be open: beyond that nobody is answered, not even whoever asks for health.
+    The soft limit is raised to the hard one first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # "unlimited" is more than some systems let one ask for
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    most = max(soft - _OTHER_FILES, soft // 8)
+    if soft == resource.RLIM_INFINITY or config.max_connections <= most:
+        return config
+    logger.warning(
+        "only %d files may be open at a time: max_connections is %d instead of %d. Raise the limit (ulimit -n, "
+        "LimitNOFILE) for more.", soft, most, config.max_connections,
+    )  # fmt: skip
+    return config.model_copy(update={"max_connections": most})
 
 
 def bind(config: ServerConfig) -> socket.socket:

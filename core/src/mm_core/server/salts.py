@@ -18,8 +18,8 @@ def caller_of(key: str, *, admin: bool = False) -> Caller:
 def combine(caller: Caller, cache_salt: str | None) -> str | None:
     """The engine's salt for a caller's request: of the key and of the client's own `cache_salt`; None: of neither.
 
-    Hashed, so that no client can name what belongs to another. Raises InvalidParamsError for a cache_salt that is
-    none.
+    Hashed, so that no client can name what belongs to another; the first half is the key's alone, by which what waits
+    takes turns. Raises InvalidParamsError for a cache_salt that is none.
     """
     if cache_salt is None:
         return caller.salt
@@ -27,7 +27,8 @@ def combine(caller: Caller, cache_salt: str | None) -> str | None:
         check_salt(cache_salt)
     except InvalidPromptError as error:
         raise InvalidParamsError(str(error), param="cache_salt") from None
-    return _digest("joined", caller.salt or "", cache_salt)
+    joined = _digest("joined", caller.salt or "", cache_salt)
+    return joined if caller.salt is None else caller.salt[:32] + joined[32:]
 
 
 def _digest(*parts: str) -> str:

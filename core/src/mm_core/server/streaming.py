@@ -92,18 +92,21 @@ def _count(context: ServerContext, call: Call, output: RequestOutput) -> None:
 async def answers(
     context: ServerContext, call: Call, asks: Sequence[Ask], params: SamplingParams
 ) -> list[RequestOutput]:
-    """Finished outputs of a call's prompts, in order, all answered at once. asks: give the prompts, media loaded."""
+    """Finished outputs of a call's prompts, in order, each answered as soon as it has its places in the gate. asks:
+    give the prompts, media loaded."""
     call.phase = "queue"
-    async with context.gate.enter(call):
-        jobs = [asyncio.ensure_future(_answer(context, call, ask, params)) for ask in asks]
-        try:
-            return await asyncio.gather(*jobs)
-        finally:
-            await _stop(jobs)
+    jobs = [asyncio.ensure_future(_answer(context, call, ask, params)) for ask in asks]
+    try:
+        return await asyncio.gather(*jobs)
+    finally:
+        await _stop(jobs)
 
 
 async def _answer(context: ServerContext, call: Call, ask: Ask, params: SamplingParams) -> RequestOutput:
-    async with aclosing(run(context, call, await ask(), params, stream=False)) as outputs:
+    async with (
+        context.gate.enter(call, params.n),
+        aclosing(run(context, call, await ask(), params, stream=False)) as outputs,
+    ):
         return await anext(outputs)
 
 
@@ -112,15 +115,14 @@ async def updates(
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of a call's prompts while they grow, each with its prompt's place."""
     call.phase = "queue"
-    async with context.gate.enter(call):
-        if len(asks) == 1:
-            async with aclosing(run(context, call, await asks[0](), params)) as outputs:
-                async for output in outputs:
-                    yield 0, output
-            return
-        async with aclosing(_merged(context, call, asks, params)) as several:
-            async for each in several:
-                yield each
+    if len(asks) == 1:
+        async with context.gate.enter(call, params.n), aclosing(run(context, call, await asks[0](), params)) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    async with aclosing(_merged(context, call, asks, params)) as several:
+        async for each in several:
+            yield each
 
 
 async def _merged(
@@ -131,7 +133,7 @@ async def _merged(
     news = asyncio.Event()
 
     async def pump(place: int, ask: Ask) -> None:
-        async with aclosing(run(context, call, await ask(), params)) as outputs:
+        async with context.gate.enter(call, params.n), aclosing(run(context, call, await ask(), params)) as outputs:
             async for output in outputs:
                 latest[place] = output
                 news.set()

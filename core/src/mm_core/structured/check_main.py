@@ -1,7 +1,7 @@
 """The process that tries grammars before the engine's does: `python -m mm_core.structured.check_main`.
 
-It may be killed at any time, and has bounds on its memory, so that a grammar that the library cannot cope with costs
-nothing but an error. It ends with its input, and where one grammar takes much longer than the parent waits.
+It may be killed at any time, has bounds on its memory, and no rights, so that a grammar that the library cannot cope
+with costs nothing but an error. It ends with its input, and where one grammar takes much longer than the parent waits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from mm_core import confinement
 from mm_core.errors import InvalidGrammarError
 from mm_core.structured.library import COMPILE_S, Library, TokenTable
 
 GROWTH_BYTES = 512 * 2**20
 """Memory that trying grammars may take beside the vocabulary's."""
 
+_OPEN_FILES = 64
 _LENGTH = 4  # bytes before each message that say how long it is
 
 
@@ -42,13 +44,14 @@ def read_message(pipe: BinaryIO) -> Any:
 def main() -> None:
     """Take the vocabulary, then answer each grammar with [what is wrong or "", bytes it took]."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confinement.drop_privileges()
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
     with suppress(EOFError, BrokenPipeError):
         tokens, special, ends = read_message(pipe_in)
         library = Library(TokenTable(tokens, special, ends))
-        limit = _memory(0) + GROWTH_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        # The library's threads are there by now.
+        confinement.limit(AS=_memory(0) + GROWTH_BYTES, NOFILE=_OPEN_FILES, NPROC=0, FSIZE=0, CORE=0)
+        confinement.refuse_calls()
         write_message(pipe_out, ["", 0])
         while True:
             write_message(pipe_out, _try(library, read_message(pipe_in)))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, cast
 
+from mm_core.confinement import child_environment
 from mm_core.errors import EngineError, InvalidGrammarError
 from mm_core.structured.check_main import read_message, write_message
 from mm_core.structured.library import COMPILE_S, PARAM, TokenTable
@@ -75,10 +76,12 @@ class Checker:
         if self._process is None or self._process.poll() is not None:
             self._stop()
             table = self._table()
-            command = [sys.executable, "-m", "mm_core.structured.check_main"]
+            # -P: nothing is imported from the working directory.
+            command = [sys.executable, "-P", "-m", "mm_core.structured.check_main"]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
+                command, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
             self._ready = False
             try:
                 write_message(_in(self._process), [table.tokens, table.special, table.ends])

@@ -22,7 +22,7 @@ def read_tokens(tokenizer: Any, vocab_size: int, ends: Iterable[int]) -> TokenTa
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _unsupported("it is none of the tokenizers library")
+        raise unsupported("it is none of the tokenizers library")
     settings = json.loads(backend.to_str())
     kinds = _decoders(settings.get("decoder"))
     special = {*backend.get_added_tokens_decoder(), *tokenizer.all_special_ids}
@@ -88,7 +88,7 @@ def _probe(tokenizer: Any, table: TokenTable) -> None:
     dice = random.Random(0)
     usable = [i for i, written in enumerate(table.tokens) if written and _is_text(written)]
     if not usable:
-        raise _unsupported("none of its tokens is text")
+        raise unsupported("none of its tokens is text")
     space = table.leading_space  # the first token of an answer begins with one then
     first = [i for i in usable if table.tokens[i][:1] == b" "] if space else usable
     wrong = 0
@@ -97,7 +97,7 @@ def _probe(tokenizer: Any, table: TokenTable) -> None:
         text = b"".join(table.tokens[i] for i in ids).decode()
         wrong += _decode(tokenizer, ids) != text[space:]
     if wrong > _WRONG * _PROBES:
-        raise _unsupported("its text is not that of its tokens, one after another")
+        raise unsupported("its text is not that of its tokens, one after another")
 
 
 def _is_text(written: bytes) -> bool:
@@ -108,7 +108,8 @@ def _is_text(written: bytes) -> bool:
     return True
 
 
-def _unsupported(why: str) -> InvalidGrammarError:
+def unsupported(why: str) -> InvalidGrammarError:
+    """The error for a tokenizer that no grammar can read."""
     return InvalidGrammarError(
         f"This model's tokenizer cannot be used for structured output: {why}. Leave `structured` out.", param=PARAM
     )

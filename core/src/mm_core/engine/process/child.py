@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 
+from mm_core.confinement import hide
 from mm_core.engine.process.wire import Channel, Log, Start
 
 _PR_SET_PDEATHSIG = 1
@@ -24,6 +25,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # ends come from the parent, which ends what runs first
         signal.signal(number, signal.SIG_IGN)
     _die_with(parent)
+    hide()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.set_inheritable(connection, False)

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from mm_core import __version__
 from mm_core.engine.health import EngineState
 from mm_core.errors import NotFoundError, OverloadedError
-from mm_core.server.context import Caller, ServerContext, call_of, context_of
+from mm_core.server.context import ANYBODY, Caller, ServerContext, call_of, context_of
 from mm_core.server.failures import json_reply
 from mm_core.server.families import kv_usage
 from mm_core.server.metrics import EndedRequest
@@ -25,8 +25,10 @@ from mm_core.server.routing import Reply, Route
 
 FOLDER = Path(__file__).resolve().parent.parent / "static"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+LIVE = "/playground/live"
 PERIOD_S = 0.5  # between two samples
 MAX_WATCHERS = 64
+MAX_WATCHERS_OF_ONE = 8  # of one key
 MAX_CALLS = 128  # of one caller in a sample
 _LIFE_S = 3600.0  # of one feed; the page comes back
 _POLICY = "; ".join((
@@ -129,8 +131,11 @@ async def info(request: Request) -> Response:
 async def live(request: Request) -> Response:
     """How the engine does, and the caller's own calls, twice a second, as server-sent events."""
     context, call = _context(request), call_of(request)
-    if context.metrics.watchers >= MAX_WATCHERS:
+    watching = [each.caller for each in context.metrics.calls if each.route == LIVE]  # this one too
+    if len(watching) > MAX_WATCHERS:
         raise OverloadedError("As many pages watch as this server serves. Close one.", retry_after=30)
+    if call.caller is not ANYBODY and watching.count(call.caller) > MAX_WATCHERS_OF_ONE:
+        raise OverloadedError("As many pages watch as one key may have. Close one.", retry_after=30)
     return StreamingResponse(
         _samples(context, call.caller),
         media_type="text/event-stream",
@@ -140,18 +145,14 @@ async def live(request: Request) -> Response:
 
 async def _samples(context: ServerContext, caller: Caller) -> AsyncIterator[bytes]:
     metrics, begun = context.metrics, time.perf_counter()
-    metrics.watchers += 1
     shown = 0.0  # requests that ended until then were sent
-    try:
-        while time.perf_counter() - begun < _LIFE_S and not context.gate.closing.is_set():
-            await metrics.snapshots.take(context.engine, 0.8 * PERIOD_S)
-            sample = _sample(context, caller, shown)
-            shown = sample.now
-            yield b"data: " + sample.model_dump_json().encode() + b"\n\n"
-            with suppress(TimeoutError):
-                await asyncio.wait_for(context.gate.closing.wait(), PERIOD_S)
-    finally:
-        metrics.watchers -= 1
+    while time.perf_counter() - begun < _LIFE_S and not context.gate.closing.is_set():
+        await metrics.snapshots.take(context.engine, 0.8 * PERIOD_S)
+        sample = _sample(context, caller, shown)
+        shown = sample.now
+        yield b"data: " + sample.model_dump_json().encode() + b"\n\n"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(context.gate.closing.wait(), PERIOD_S)
 
 
 def _sample(context: ServerContext, caller: Caller, since: float) -> Sample:
@@ -237,7 +238,7 @@ ROUTES = (
     *_pages(),
     Route("/playground/info", "GET", info, None, {200: Info, **_OFF}, "What the page must know"),
     Route(
-        "/playground/live", "GET", live, None, {200: "text/event-stream", 429: "application/json", **_OFF},
+        LIVE, "GET", live, None, {200: "text/event-stream", 429: "application/json", **_OFF},
         "How the engine does, as it goes",
     ),
 )  # fmt: skip
