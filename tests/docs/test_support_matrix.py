@@ -28,6 +28,7 @@ def test_the_page_is_up_to_date():
     )
 
 
+@pytest.mark.slow
 def test_every_named_test_exists():
     named = support_matrix.load().tests
     assert named

@@ -73,6 +73,7 @@ def test_it_is_found_by_its_entry_point(site: Path) -> None:
     assert re.search(r"qwen2audio\s.*Qwen2AudioForConditionalGeneration", done.stdout.replace("\n", " "))
 
 
+@pytest.mark.slow
 def test_it_passes_the_conformance_kit(site: Path) -> None:
     done = call(site, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "-rA", "tests")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
