@@ -201,6 +201,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("(stopped) [prompt")
         terminal.wait_for("> ")
+        time.sleep(1.0)  # the prompt is shown a moment before it is read from
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("(Ctrl-D leaves)")
         terminal.wait_for("> ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,16 @@ from typing import Any
 import httpx
 import pytest
 from support.serving import ADMIN_KEY, Server, running_server
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A server in the tests' own process sends its log to the stderr of that test: later tests have another."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
 
 KEYS = ("key-of-one", "key-of-two")
 

@@ -39,6 +39,13 @@ def contract() -> Iterator[Server]:
         yield running
 
 
+# A body that is wrong and too large is refused as too large: its shape is not looked at.
+REFUSALS = """
+[checks.negative_data_rejection]
+expected-statuses = [400, 401, 403, 404, 405, 406, 408, 409, 413, 415, 422, 429]
+"""
+
+
 def attack(server: Server, cases: int, seed: int, folder: Path) -> str:
     """Run it; what it printed. Fails where it found anything."""
     command = [
@@ -48,6 +55,7 @@ def attack(server: Server, cases: int, seed: int, folder: Path) -> str:
         "--request-timeout", "30", "--suppress-health-check", "all", "--generation-database", "none", "--no-color",
         "--continue-on-failure",
     ]  # fmt: skip
+    (folder / "schemathesis.toml").write_text(REFUSALS, encoding="utf-8")
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=7200, check=False)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.tiny import make_tiny_qwen2vl
 from mm_core import Engine, KvCacheConfig, RequestOutput, SamplingParams, TextPrompt
 from mm_core.errors import ConfigError, EngineError
 from mm_core.runner.memory import check_fp8
+from mm_core.scheduler.policy import POLICIES
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -112,8 +114,10 @@ def test_same_tokens(
         assert engine.stats()[taken] > 0
 
 
-def test_restored_from_the_host(path: Path, alone: list[RequestOutput]) -> None:
-    """Codes and scales travel together, and are checked."""
+def test_restored_from_the_host(path: Path, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and scales travel together, and are checked; always, though so small a model computes faster."""
+    always = replace(POLICIES["reuse"], restores=lambda *_: True)
+    monkeypatch.setitem(POLICIES, "reuse", always)  # type: ignore[arg-type]
     options: Any = {"num_blocks": 12, "host_cache_size": 16 * 2**20, "host_cache_checksums": True}
     kv = KvCacheConfig(dtype="fp8", **options)
     with checked(Engine.from_pretrained(path, kv_cache_config=kv, show_progress=False)) as engine:
