@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
-# Two processes of tests, a file to each: most of them wait for servers or for one thread of torch.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Hundreds of processes start from this source tree: they need its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+# Three processes of tests for two cores: many tests wait for servers, or for a time to pass.
+PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder
 # The browser that the page's tests drive; where it cannot be fetched, only they fail.
 BROWSER := .cache/browser/chromium-153.0.0/chromium
 PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))

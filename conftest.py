@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("CI", "").lower() in ("1", "true"),
         help="count skipped tests as failed (the default where CI=true)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file run in one, or with all of the group that it names."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,21 +68,22 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _freeze() -> Generator[Callable[[], None]]:
-    """Gives `gc.freeze`. Engines do not freeze anything here, and above all they do not thaw what is frozen."""
-    freeze, unfreeze = gc.freeze, gc.unfreeze
-    gc.freeze = gc.unfreeze = lambda: None
-    yield freeze
-    gc.freeze, gc.unfreeze = freeze, unfreeze
-    unfreeze()
+def _no_tidying() -> Generator[None]:
+    """Every engine's start looks for garbage, in all that the tests have imported too, for half of the time it takes,
+    and puts aside what is there; an engine's end takes back all that any put aside. In tests each module does it."""
+    from mm_core.engine import frontend
+
+    nothing = SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontend, "gc", nothing)
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _imported(_freeze: Callable[[], None]) -> None:
-    """Every engine's start looks for garbage: in all of torch and transformers too, for half of the time it takes,
-    were what is imported not put aside."""
+def _imported() -> None:
     gc.collect()
-    _freeze()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

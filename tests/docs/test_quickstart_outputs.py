@@ -24,6 +24,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_run_of_the_steps_gives_what_the_page_shows(script: ModuleType) -> None:
     text = PAGE.read_text(encoding="utf-8")
     found = script.fresh(text, Path(sys.executable).parent)

@@ -77,7 +77,7 @@ def wanted() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server(keys=[KEY]) as running:
+    with running_server(in_process=True, decode_workers=0, keys=[KEY]) as running:
         yield running
 
 

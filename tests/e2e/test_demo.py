@@ -52,6 +52,7 @@ def samples(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_demo_as_it_ships() -> None:
     done = demo()
     assert done.returncode == 0, done.stderr
@@ -60,6 +61,7 @@ def test_the_demo_as_it_ships() -> None:
     check_reuse(done.stdout)
 
 
+@pytest.mark.slow
 def test_pictures_in_colour(samples: Path) -> None:
     done = demo("--samples", str(samples), color=True)
     assert done.returncode == 0, done.stderr

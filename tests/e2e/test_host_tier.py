@@ -316,6 +316,7 @@ def test_a_start_that_fails_gives_memory_and_file_back(
         assert not [t for t in threading.enumerate() if t.name.startswith("mm-core-disk")]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_copies_finds_every_flip_and_no_difference() -> None:
     report = restore.main(["--device", "cpu", "--small", "--blocks", "300", "--round", "60", "--prompts", "10"])
     for part in ("integrity", "disk"):

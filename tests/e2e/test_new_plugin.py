@@ -67,6 +67,7 @@ def test_the_code_is_tidy(written: Path, tool: list[str]) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_it_installs_and_passes_the_kit(written: Path, tmp_path: Path) -> None:
     """pip builds and installs it; pytest, started in its folder, finds the plugin by its entry point."""
     site = tmp_path / "site"

@@ -251,6 +251,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_another_model_or_setting_finds_nothing_on_the_same_disk(tmp_path: Path) -> None:
     """Keys of text alone say nothing of the model, so the file must."""
     world = WORLDS["pictures"](tmp_path)

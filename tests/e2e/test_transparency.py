@@ -178,10 +178,13 @@ def test_preempted(begin: Begin, path: Path, alone: list[tuple[int, ...]], reuse
     assert longest == 24
     with begin(path, num_blocks=8, enable_block_reuse=reuse, max_num_batched_tokens=64) as engine:
         expect_no_answers(engine)
-        outputs = engine.generate(prompts(), GREEDY)
+        for _ in range(8):  # whether so many meet depends on when each picture is ready
+            outputs = engine.generate(prompts(), GREEDY)
+            assert tokens(outputs) == alone
+            check_idle(engine)
+            if engine.stats()["preemptions"]:
+                break
         assert engine.stats()["preemptions"] > 0
-        assert tokens(outputs) == alone
-        check_idle(engine)
 
 
 def test_identical_requests_in_flight_are_computed_once(begin: Begin, path: Path, alone: list[tuple[int, ...]]) -> None:

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from support.serving import ADMIN_KEY, Server, running_server
 
+from mm_core import Engine, KvCacheConfig
+
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
@@ -22,6 +24,21 @@ def _handlers() -> Iterator[None]:
 
 
 KEYS = ("key-of-one", "key-of-two")
+# Whose tests use the servers below: in one process of tests, so that each server is started once.
+TOGETHER = {
+    "server": (
+        "admin", "auth", "bench_serve", "chat", "completions", "confinement", "grammar_queue", "http", "media_rows",
+        "models", "openai_client", "overload",
+    ),
+    "whisper": ("audio", "audio_rows"),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups = {f"test_{name}": group for group, names in TOGETHER.items() for name in names}
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.stem in groups:
+            item.add_marker(pytest.mark.xdist_group(groups[item.path.stem]))
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +100,21 @@ def whisper(whisper_path: Path) -> Iterator[Server]:
 
     with whisper_server(whisper_path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def song(whisper: Server) -> str:
+    """What that server hears in a recording that never changes."""
+    from support.hearing import canary
+
+    with whisper.client() as made:
+        return canary(made)
+
+
+@pytest.fixture(scope="session")
+def offline(whisper_path: Path) -> Iterator[Engine]:
+    """The same model in the tests' own process."""
+    with Engine.from_pretrained(
+        whisper_path, kv_cache_config=KvCacheConfig(num_blocks=256), show_progress=False
+    ) as made:
+        yield made

@@ -40,26 +40,13 @@ from support.hearing import (
 )
 from support.serving import Server, running_server
 
-from mm_core import Engine, KvCacheConfig
+from mm_core import Engine
 from mm_core.server.subtitles import to_srt, to_vtt
 
 
 @pytest.fixture(scope="module")
 def client(whisper: Server) -> Iterator[Any]:
     with whisper.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def song(client: Any) -> str:
-    return canary(client)
-
-
-@pytest.fixture(scope="module")
-def offline(whisper_path: Path) -> Iterator[Engine]:
-    with Engine.from_pretrained(
-        whisper_path, kv_cache_config=KvCacheConfig(num_blocks=256), show_progress=False
-    ) as made:
         yield made
 
 
@@ -317,8 +304,8 @@ def place_is_free(server: Server) -> None:
 
 def test_one_place_in_the_queue_for_all_requests_of_a_call(whisper_path: Path) -> None:
     """And its time is bounded, its stream's, too; and so is the memory that recordings of all calls take."""
-    options = {"served_model_name": MODEL, "max_running": 1, "max_waiting": 0, "request_timeout_s": 1.0,
-               "max_pending_bytes": 2**26}  # fmt: skip
+    options = {"in_process": True, "served_model_name": MODEL, "max_running": 1, "max_waiting": 0,
+               "request_timeout_s": 1.0, "max_pending_bytes": 2**26}  # fmt: skip
     with running_server(whisper_path, **options) as small, small.http() as http:
         reply = http.post("/v1/audio/transcriptions", data=GOOD, files={"file": wav(sound(80.0, 9))})
         assert (reply.status_code, error_of(reply)["code"]) == (504, "timeout")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import av
@@ -27,25 +26,12 @@ from support.hearing import (
 )
 from support.serving import Server
 
-from mm_core import Engine, KvCacheConfig
+from mm_core import Engine
 
 
 @pytest.fixture(scope="module")
 def client(whisper: Server) -> Iterator[Any]:
     with whisper.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def song(client: Any) -> str:
-    return canary(client)
-
-
-@pytest.fixture(scope="module")
-def offline(whisper_path: Path) -> Iterator[Engine]:
-    with Engine.from_pretrained(
-        whisper_path, kv_cache_config=KvCacheConfig(num_blocks=256), show_progress=False
-    ) as made:
         yield made
 
 

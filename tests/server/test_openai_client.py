@@ -251,7 +251,8 @@ def test_other_refusals_have_their_types(server: Server, client: openai.OpenAI, 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Server]:
     """A server for one call at a time, which a test may end."""
-    with running_server(max_running=1, max_waiting=0, max_completion_tokens=3000) as running:
+    bounds = {"max_running": 1, "max_waiting": 0, "max_completion_tokens": 3000}
+    with running_server(in_process=True, decode_workers=0, **bounds) as running:
         yield running
 
 

@@ -281,7 +281,7 @@ def test_it_fits(browser: Browser, open_server: Server, width: int) -> None:
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
-    with running_server(keys=(KEY, "another")) as server:
+    with running_server(in_process=True, decode_workers=0, keys=(KEY, "another")) as server:
         with browser.new_context() as context:
             page = context.new_page()
             page.set_default_timeout(WAIT_MS)
@@ -315,7 +315,8 @@ def _sample(server: Server, key: str) -> Any:
 def test_a_recording_is_written_down(browser: Browser, tmp_path: Path) -> None:
     model = make_tiny_whisper(tmp_path, max_target_positions=64, stamp_scale=0.45)
     soundfile.write(tmp_path / "tones.wav", sound(2.0, 4), RATE)
-    with running_server(model, served_model_name="tiny-whisper") as server, opened(browser, server) as page:
+    options = {"in_process": True, "decode_workers": 1, "served_model_name": "tiny-whisper"}
+    with running_server(model, **options) as server, opened(browser, server) as page:
         page.locator("#empty-text", has_text="sound").wait_for()
         page.keyboard.type("hello")
         page.keyboard.press("Enter")

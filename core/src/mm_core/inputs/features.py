@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
@@ -90,19 +91,18 @@ class MediaLoader:
     def _load_all(self, items: Sequence[GivenItem], job: MediaJob) -> Steps[list[tuple[MediaItem, MediaFeature]]]:
         """Items with content, without it: recognise them, then find or make their features. Fetching is begun for all
         before any is waited for; a feature when its item is there, unless those before it are too much already."""
-        fetches: list[Fetched | Future[Fetched] | None] = []
+        fetches: deque[Fetched | Future[Fetched]] = deque()
         begun: list[tuple[MediaItem, MediaFeature | Future[MediaFeature]]] = []
         loaded: list[tuple[MediaItem, MediaFeature]] = []
         try:
             for item in items:
                 work = partial(self._fetch, item, job)
                 fetches.append(work() if is_quick(item.value) else self.in_pool("load", work))
-            for index, item in enumerate(items):
-                found, fetches[index] = fetches[index], None  # what was decoded lives no longer than it is needed
+            for item in items:
+                found = fetches.popleft()  # what was decoded lives no longer than it is needed
                 if isinstance(found, Future):
                     yield found
                     found = found.result()
-                assert found is not None
                 yield from self.room.wait(job.stay)
                 begun.append((replace(found.item, data=None), self._begin_feature(found, item.uuid, job)))
                 del found
