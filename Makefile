@@ -10,6 +10,7 @@ DOCS_READY := $(VENV)/.docs-ready
 unexport PYTHONDONTWRITEBYTECODE
 # Three processes of tests for two cores: many tests wait for servers, or for a time to pass.
 PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder
+PARALLEL_SLOW := -n 2 --dist loadgroup --no-loadscope-reorder
 # The browser that the page's tests drive; where it cannot be fetched, only they fail.
 BROWSER := .cache/browser/chromium-153.0.0/chromium
 PACKAGES := ./core $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
@@ -28,7 +29,7 @@ test: $(READY) $(BROWSER)  ## the tests that need neither a GPU nor the network
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY) $(BROWSER)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu and not network"
+	$(BIN)/python -m pytest $(PARALLEL_SLOW) -m "slow and not gpu and not network"
 
 lint: $(READY)  ## ruff, mypy --strict, and the layers of the architecture
 	$(BIN)/ruff check .
