@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.openai_calls import Canary
 from support.serving import ADMIN_KEY, Server, running_server
 
 from mm_core import Engine, KvCacheConfig
@@ -65,6 +66,22 @@ def http(server: Server) -> Iterator[httpx.Client]:
     """A plain client, under the first key."""
     with server.http() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def model(client: Any) -> str:
+    """The name of its only model."""
+    (only,) = client.models.list().data
+    name: str = only.id
+    return name
+
+
+@pytest.fixture(scope="module")
+def canary(server: Server) -> Iterator[Canary]:
+    """Of that server."""
+    made = Canary(server)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -26,19 +25,6 @@ from support.serving import Server
 
 URL = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def model(http: httpx.Client) -> str:
-    name: str = http.get("/v1/models").json()["data"][0]["id"]
-    return name
-
-
-@pytest.fixture(scope="module")
-def canary(server: Server) -> Iterator[Canary]:
-    made = Canary(server)
-    yield made
-    made.close()
 
 
 (PLACEHOLDER,) = ids_of(IMAGE_PAD)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from support.openai_calls import BELOW, IMAGE, IMAGE_PAD, TEXTS, Canary, check_error, data_url, ids_of, offline, turn
-from support.serving import Server
 
 URL = "/v1/completions"
 
@@ -17,13 +15,6 @@ URL = "/v1/completions"
 @pytest.fixture(scope="module")
 def model(http: httpx.Client) -> Any:
     return http.get("/v1/models").json()["data"][0]
-
-
-@pytest.fixture(scope="module")
-def canary(server: Server) -> Iterator[Canary]:
-    made = Canary(server)
-    yield made
-    made.close()
 
 
 def ask(http: httpx.Client, model: Any, prompt: Any, **fields: Any) -> httpx.Response:

@@ -11,7 +11,6 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,6 @@ from support.openai_calls import Canary, check_error
 from support.serving import Server
 
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def model(http: httpx.Client) -> str:
-    name: str = http.get("/v1/models").json()["data"][0]["id"]
-    return name
-
-
-@pytest.fixture(scope="module")
-def canary(server: Server) -> Iterator[Canary]:
-    made = Canary(server)
-    yield made
-    made.close()
 
 
 def url_of(data: bytes, kind: str = "image/png") -> str:

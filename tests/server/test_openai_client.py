@@ -18,12 +18,6 @@ SHAPES = QUESTIONS[0]
 assert SHAPES["answer"] == "green heart, blue heart, brown ring"
 
 
-@pytest.fixture(scope="module")
-def model(client: openai.OpenAI) -> str:
-    (only,) = client.models.list().data
-    return only.id
-
-
 def text_of(reply: Any) -> str:
     text: str = reply.choices[0].message.content
     return text
