@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
 from support.tiny_llava import Reference, Tiny
 
 from mm_core.testing import Answer, Case, Conformance, clip, picture
@@ -58,11 +57,7 @@ class TestLlava(Kit):
 class TestNext(Kit):
     tiny = Tiny("llava_next", pictures="LlavaNext", seed=21)
     rungs = Conformance.rungs
-
-
-@pytest.mark.slow
-class TestNextInSizes(TestNext):
-    cases = SIZES
+    cases = (ONE, TWO, *SIZES)
 
 
 class TestOnevision(Kit):
@@ -70,12 +65,7 @@ class TestOnevision(Kit):
         "llava_onevision", "siglip", "qwen2", "LlavaOnevision", config={"vision_aspect_ratio": "anyres_max_2"}, seed=1
     )
     rungs = Conformance.rungs
-    cases = (ONE, TWO, CLIP, MIXED)
-
-
-@pytest.mark.slow
-class TestOnevisionInSizes(TestOnevision):
-    cases = SIZES
+    cases = (ONE, TWO, CLIP, MIXED, *SIZES)
 
 
 class TestMistralAndOtherNames(Kit):
