@@ -353,6 +353,13 @@ def test_paths_in_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert split_message("look at pipe.png")[1] == []
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.png", "image"), ("a.wav", "audio file"), ("a.mp4", "video")])
+def test_an_empty_file_is_refused_before_it_is_sent(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(MediaError, match=rf"The {text} is empty \(0 bytes\)"):
+        split_message(f"look at {tmp_path / name}")
+
+
 def test_stats() -> None:
     assert Stats(100, 80, 50, 11, 0.5, 2.0).line() == (
         "[prompt 100 tokens (80 cached, 50 of media) · answer 11 tokens · first token 0.50 s · 5.0 tokens/s]"

@@ -18,6 +18,7 @@ from support.pictures import picture
 from support.processes import LONG, open_files, pid_of, same, settle, start, wait_for
 
 from mm_core import AsyncEngine, Engine, SamplingParams, TextPrompt
+from mm_core.engine.frontend import Frontend
 from mm_core.errors import (
     ConfigError,
     EngineDiedError,
@@ -213,3 +214,16 @@ def test_a_killed_process_is_started_again(away: Engine, engine: Engine) -> None
         assert next(again).kind == "stored"
     away.cache.unpin("survives")
     settle(away)
+
+
+def test_a_death_while_pins_are_told_of_is_not_the_last_one() -> None:
+    """It would end the thread that starts the next process."""
+    told: list[str] = []
+
+    def ask(*_: Any) -> None:
+        raise EngineDiedError("It died once more.")
+
+    desk = SimpleNamespace(come_up=lambda: told.append("up"), ask=ask)
+    pinned = SimpleNamespace(media=SimpleNamespace(pinned=[SimpleNamespace(uuid="a", salt=None)]))
+    Frontend._on_restart(SimpleNamespace(desk=desk, pipeline=pinned))  # type: ignore[arg-type]
+    assert told == ["up"]

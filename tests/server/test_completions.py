@@ -73,6 +73,20 @@ def test_log_probabilities_in_the_old_shape(http: httpx.Client, model: Any) -> N
         assert top[token] == value == max(top.values())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_its_grammar_ends_has_all_log_probabilities(
+    http: httpx.Client, model: Any, stream: bool
+) -> None:
+    for word in ("yes", "no way"):
+        fields = {"structured_outputs": {"choice": [word]}, "logprobs": 1, "max_tokens": 9, "stream": stream}
+        reply = ask(http, model, "Is it?", **fields)
+        assert reply.status_code == 200
+        lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line and "[DONE]" not in line]
+        choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+        assert "".join(choice["text"] for choice in choices) == word
+        assert "".join(token for c in choices if c["logprobs"] for token in c["logprobs"]["tokens"]) == word
+
+
 @pytest.mark.parametrize("fields", [{}, {"echo": True}, {"n": 2, "seed": 1, "temperature": 1.5}, {"logprobs": 1}])
 def test_a_stream_tells_the_same_as_the_reply(http: httpx.Client, model: Any, fields: dict[str, Any]) -> None:
     prompts = [turn("What word is written?"), turn("Count the blue squares.")]

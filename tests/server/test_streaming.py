@@ -301,6 +301,69 @@ def test_a_client_that_leaves_without_reading_is_not_waited_for() -> None:
     run(test)
 
 
+def test_an_answer_that_is_there_holds_no_place_however_slowly_it_is_read() -> None:
+    async def test(rig: Rig) -> None:
+        slow, updates = await rig.chat_begun(stream=True)
+        slow.reading.clear()
+        updates.put_nowait(output("a"))
+        updates.put_nowait(output("ab", "stop"))
+        await until(lambda: rig.context.gate.running == 0)
+        _, updates = other = await rig.chat_begun(stream=True)
+        updates.put_nowait(output("c", "stop"))
+        await other[0].task
+        slow.reading.set()
+        await slow.task
+        assert (other[0].text, slow.text) == ("c", "ab")
+
+    run(test, max_running=1)
+
+
+def test_a_stream_that_was_given_up_unread_is_no_success() -> None:
+    async def test(rig: Rig) -> None:
+        talk, updates = await rig.chat_begun(stream=True)
+        talk.reading.clear()
+        updates.put_nowait(output("a", "stop"))
+        await until(lambda: rig.context.gate.running == 0)
+        await asyncio.sleep(0.05)
+        talk.leave()
+        talk.reading.set()  # as a server does that has given the connection up
+        await talk.task
+        assert "[DONE]" not in talk.events
+        assert sum(rig.context.metrics._aborts.values()) == 1
+
+    run(test)
+
+
+def test_nobody_waits_behind_what_another_fetches() -> None:
+    async def test(rig: Rig) -> None:
+        part = {"type": "image_url", "image_url": {"url": "https://slow.example/a.png"}}
+        fetched = asyncio.Event()
+        read = rig.context.intake.read_messages
+
+        async def read_messages(messages: Any, call: Call) -> Any:
+            if isinstance(messages[0]["content"], list):
+                await fetched.wait()
+                return messages
+            return await read(messages, call)
+
+        rig.context.intake.read_messages = read_messages  # type: ignore[method-assign]
+        slow = [rig.chat(stream=stream, messages=[{"role": "user", "content": [part]}]) for stream in (True, False)]
+        quick, updates = await rig.chat_begun()
+        updates.put_nowait(output("a", "stop"))
+        await quick.task
+        assert len(rig.engine.requests) == 1
+        fetched.set()
+        for _ in slow:
+            begun = len(rig.engine.requests)
+            await until(lambda begun=begun: len(rig.engine.requests) > begun)  # type: ignore[misc]
+            rig.engine.requests[-1].put_nowait(output("b", "stop"))
+        for talk in slow:
+            await talk.task
+            assert talk.status == 200
+
+    run(test, max_running=1)
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_time_that_is_up_ends_the_request(begun: bool) -> None:
     async def test(rig: Rig) -> None:

@@ -47,6 +47,28 @@ def test_the_allocator_keeps_its_books(actions):
     assert books._free == [(0, ROOM)]
 
 
+def no_memory(*_):
+    raise MemoryError
+
+
+def test_a_copy_that_fails_leaves_nothing(monkeypatch):
+    arena = Arena(ROOM)
+    try:
+        held, lost = feature(b"held", 10), feature(b"lost", 10)
+        assert arena.place([held])[b"held"].mentions == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "_copy", no_memory)
+            with pytest.raises(MemoryError):
+                arena.place([held, lost])
+        assert arena.counts()["items"] == 1
+        placed = arena.place([held, lost])  # copied now
+        assert (placed[b"held"].mentions, placed[b"lost"].mentions) == (2, 1)
+        begin = placed[b"lost"].offset
+        assert arena._bytes[begin : begin + 10].tolist() == list(range(10))
+    finally:
+        arena.close()
+
+
 def test_a_piece_is_given_back_once():
     books = Allocator(ROOM)
     offset = books.allocate(5)

@@ -22,11 +22,12 @@ from PIL import Image
 from support.pictures import picture
 
 from mm_core.bench.serve_figures import percentiles, read_objectives
-from mm_core.bench.serve_http import Target, ask
+from mm_core.bench.serve_http import Reply, Target, ask
 from mm_core.bench.serve_loads import LOADS, Load, arrivals, conversations, media_part, question, select_loads, sized
 from mm_core.bench.serve_report import read_document
+from mm_core.bench.serve_run import check
 from mm_core.cli import main
-from mm_core.errors import ConfigError, DatasetError
+from mm_core.errors import ConfigError, DatasetError, EngineError
 
 FIRST_S, GAP_S = 0.06, 0.02
 
@@ -85,7 +86,7 @@ class Fake:
             return
         text = body["messages"][-1]["content"]
         words = text if isinstance(text, str) else text[-1]["text"]
-        usage = {"prompt_tokens": 20 + len(words) // 2, "completion_tokens": tokens,
+        usage = {"prompt_tokens": 20 + text_tokens(model, words), "completion_tokens": tokens,
                  "prompt_tokens_details": {"cached_tokens": 5}}  # fmt: skip
         await asyncio.sleep(FIRST_S)
         if not body.get("stream"):
@@ -134,6 +135,14 @@ class Fake:
         if chunked:
             writer.write(b"0\r\n\r\n")
             await writer.drain()
+
+
+def text_tokens(model: str, text: str) -> int:
+    """As tokenizers count: numbers stand apart from letters. In "pairs" two equal digits are one token."""
+    if model not in ("digits", "pairs"):
+        return len(text) // 2
+    digits = r"(\d)\1|\d" if model == "pairs" else r"\d"
+    return sum(1 for _ in re.finditer(digits + r"|[^\W\d]{1,4}|\W", text))
 
 
 async def reply(writer: asyncio.StreamWriter, status: int, content: Any) -> None:
@@ -328,6 +337,38 @@ def test_prompt_tokens_are_met(fake: Fake, tmp_path: Path) -> None:
     assert main(argv) == 1  # a request has 20 tokens here before its text
 
 
+@pytest.mark.parametrize(("workload", "model"), [("serve-text", "digits"), ("serve-burst", "pairs")])
+def test_prompt_tokens_are_those_of_measured_requests(fake: Fake, tmp_path: Path, workload: str, model: str) -> None:
+    argv = ["--workload", workload, "--requests", "12", "--rate", "inf", "--output-tokens", "1", "--prompt-tokens"]
+    for wanted in (60, 61, 62, 200):
+        fake.bodies.clear()
+        tokens = bench(fake, tmp_path, *argv, str(wanted), model=model)["tokens"]
+        assert (tokens["prompt_min"], tokens["prompt_max"]) == (wanted, wanted)
+        asked = [body["messages"][0]["content"] for body in fake.bodies]
+        fitting, own = asked[:-12], asked[-12:]
+        assert not any(message in fitting for message in own), "no measured request was cached"
+        if workload == "serve-burst":
+            urls = [{message[0]["image_url"]["url"] for message in messages} for messages in (fitting, own)]
+            assert not urls[0] & urls[1]
+
+
+def test_a_latency_that_cannot_be_measured_is_told(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--requests", "4", "--rate", "inf", "--slo", "itl=10000", "e2e=10000", "--output-tokens"]
+    assert bench(fake, tmp_path, *argv, "1")["goodput"]["unmeasured"] == {"itl": 4, "e2e": 0}
+    assert "itl could not be measured for 4 of 4 answers; they keep no bound" in capsys.readouterr().out
+    bench(fake, tmp_path, *argv, "2")
+    assert "could not be measured" not in capsys.readouterr().out
+
+
+def test_faults_end_in_one_full_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineError, match=r"failed: HTTP 404: It is where it is\. Check --url"):
+        check(Reply(error="HTTP 404", detail="It is where it is."), "The warm-up")
+    assert main(["bench", "serve", "--url", "http://127.0.0.1:1"]) == 1
+    assert ".." not in capsys.readouterr().err
+
+
 def test_several_processes_share_a_load(fake: Fake, tmp_path: Path) -> None:
     argv = ["--requests", "11", "--rate", "40", "--output-tokens", "2", "--items", "4", "--exponent", "1"]
     several = bench(fake, tmp_path, *argv, "--processes", "2")
@@ -463,6 +504,13 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         main(["bench", "serve", *argv])
     assert caught.value.code == 2
     assert "usage: mm bench serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "3"])
+def test_an_extra_body_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "serve", "--url", "http://x", "--extra-body", text])
+    assert "mm bench serve: error: --extra-body is a JSON object\n" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_named() -> None:

@@ -71,6 +71,54 @@ def test_wrong_usage_is_exit_2(argv, capsys):
     assert "usage: mm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["serve", "--prot", "8000"], ["chat", "--prot"], ["cache-sim", "--prot"], ["bench", "serve", "--prot"],
+     ["bench", "checkpoint", "a", "b", "--prot"], ["env", "--prot"]],
+)  # fmt: skip
+def test_a_misspelt_option_gets_the_usage_of_its_command(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    command = " ".join(["mm", *argv[: 2 if argv[0] == "bench" else 1]])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert told.startswith(f"usage: {command} ")
+    assert told.endswith(f"\n{command}: error: unrecognized arguments: --prot\n")
+
+
+# --- chat: what is refused before anybody is asked
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "other"),
+    [(["http://127.0.0.1:1", "--device", "cpu"], "--device", "a model"),
+     (["http://127.0.0.1:1", "--dtype", "auto"], "--dtype", "a model"),
+     (["HTTPS://x", "--revision", "v1"], "--revision", "a model"),
+     (["--model", "m"], "--model", "a URL"), (["org/model", "--api-key", "k"], "--api-key", "a URL")],
+)  # fmt: skip
+def test_chat_options_that_would_do_nothing(argv, option, other, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", *argv])
+    assert caught.value.code == 2
+    assert f"mm chat: error: {option} goes with {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:8000", "localhost:8000/v1", "[::1]:80", "gpu-1.example:9"])
+def test_chat_with_an_address_without_its_scheme(target, capsys):
+    assert main(["chat", target]) == 1
+    assert f"write http://{target}.\n" in capsys.readouterr().err
+
+
+def test_chat_with_a_model_whose_path_looks_like_an_address(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model:1").mkdir()
+    monkeypatch.setattr(engine, "close", lambda self: None, raising=False)
+    with Path("/dev/null").open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert main(["chat", "model:1"]) == 0
+    assert (engine.seen["model"], engine.seen["device"], engine.seen["dtype"]) == ("model:1", "auto", "auto")
+
+
 # --- run, with a stand-in for the engine
 
 

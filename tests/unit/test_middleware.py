@@ -127,6 +127,13 @@ def test_a_reply_that_breaks_off_does_not_look_whole(caplog):
     assert "a call failed" in caplog.text
 
 
+@pytest.mark.parametrize(("path", "method", "names"), [("/x", "GET", "POST"), ("/health", "POST", "GET, HEAD")])
+def test_a_method_that_a_route_has_not(path, method, names):
+    reply = ask(app_of(fine)[0], path, method)
+    assert (reply.status_code, reply.headers["allow"]) == (405, names)
+    assert reply.json()["error"]["message"] == f"The route has other methods: {names}."
+
+
 def test_a_drain_refuses_all_but_what_tells_of_it():
     app, context, _ = app_of(fine)
     assert ask(app).status_code == 200

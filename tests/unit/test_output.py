@@ -237,6 +237,14 @@ def test_no_stop_string_before_min_tokens() -> None:
     assert results[-1][1].text == "xyxyz"
 
 
+def test_only_a_token_that_ends_an_answer_is_hidden() -> None:
+    running, long, cut = text_of(), text_of(), text_of(stop=["b"])
+    running.update(0, encode("a"), [], None, None)
+    long.update(0, encode("a"), [], "length", None)
+    cut.update(0, [*encode("ab"), EOS], [], "stop", None)
+    assert [each.output(Usage()).outputs[0].hidden_tokens for each in (running, long, cut)] == [0, 0, 0]
+
+
 def test_stop_string_wins_over_a_later_finish() -> None:
     answer = text_of(stop="b")
     assert answer.update(0, [*encode("abc"), EOS], [], "stop", None) == "b"
@@ -256,10 +264,11 @@ def test_stop_token_stays_in_the_ids_but_not_in_the_text(last: int, shown: str, 
     assert answer.update(0, [*encode("a"), last], [], "stop", last) is None
     output = answer.output(Usage())
     assert (output.text, output.token_ids) == ("a", (*encode("a"), last))
-    assert (output.finish_reason, output.outputs[0].stop_reason) == ("stop", last)
+    assert (output.finish_reason, output.outputs[0].stop_reason, output.outputs[0].hidden_tokens) == ("stop", last, 1)
     included = text_of(stop_token_ids=[last], skip_special_tokens=False, include_stop_str_in_output=True)
     included.update(0, [*encode("a"), last], [], "stop", last)
     assert included.output(Usage()).text == "a" + shown
+    assert included.output(Usage()).outputs[0].hidden_tokens == 0
 
 
 @pytest.mark.parametrize("reason", ["length", "abort"])

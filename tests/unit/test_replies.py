@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,12 +161,10 @@ def test_tokens_that_json_cannot_show_have_no_bytes_and_no_infinity() -> None:
     assert [(e["bytes"], e["logprob"]) for e in found["content"]] == [(None, -9999.0), ([0xC3, 0xBC], -1.0)]
 
 
-@pytest.mark.parametrize(
-    ("stop", "include", "shown"), [(None, False, 3), (7, False, 3), ("ld", False, 4), (None, True, 4)]
-)
-def test_the_token_that_ends_an_answer_is_no_part_of_it(stop: Any, include: bool, shown: int) -> None:
-    params = SamplingParams(logprobs=0, include_stop_str_in_output=include)
-    ended = answer(4, end="stop", stop=stop)
+@pytest.mark.parametrize(("hidden", "shown"), [(1, 3), (0, 4)])
+def test_the_token_that_ends_an_answer_is_no_part_of_it(hidden: int, shown: int) -> None:
+    params = SamplingParams(logprobs=0)
+    ended = replace(answer(4, end="stop"), hidden_tokens=hidden)
     for found in (chat_logprobs(ended, 0, shape(params)), legacy_logprobs(ended, 0, 0, shape(params))):
         assert found is not None
         assert len(found["content"] if "content" in found else found["tokens"]) == shown

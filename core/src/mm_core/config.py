@@ -159,6 +159,10 @@ def _check_schema(text: str) -> None:
         raise ValueError("json_schema holds a number that is none in JSON, or one of thousands of digits") from None
     if not isinstance(schema, dict):
         raise ValueError("json_schema has to be a JSON object")
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()  # as \\ud800 it is plain ASCII
+    except UnicodeEncodeError:
+        raise ValueError("json_schema holds half of a surrogate pair, which is no Unicode") from None
     left: list[Any] = [schema]
     while left:
         value = left.pop()

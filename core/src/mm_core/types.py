@@ -44,11 +44,10 @@ class TextPromptDict(TypedDict, total=False):
 class TextPrompt:
     """What a user asks: text (or token ids) and media.
 
-    Exactly one of `prompt` and `prompt_token_ids` is given. `multi_modal_data` maps a modality
-    ("image", "video", "audio") to one value or a list. `multi_modal_uuids` has, for each
-    modality, one entry an item: a str names the item, None leaves it to its content hash; where
-    an entry is given, the item's value may be None and then stands for what was given under that
-    name before.
+    Exactly one of `prompt` and `prompt_token_ids` is given. `multi_modal_data` maps a modality ("image", "video",
+    "audio") to one value or a list. `multi_modal_uuids` has, for each modality, one entry an item: a str names the
+    item, None leaves it to its content hash; where an entry is given, the item's value may be None and then stands
+    for what was given under that name before.
     """
 
     prompt: str | None = None
@@ -96,11 +95,10 @@ class MediaItem:
 class MediaFeature:
     """One preprocessed item, as its encoder takes it.
 
-    num_tokens: rows the encoder gives for it (= placeholder tokens, or encoder rows for
-    cross-attention). tensors: the encoder's inputs, on the CPU. info: small facts that
-    `expand`, `positions` and `cost` need (grids and the like). key: the media key, set by the
-    core; nbytes: memory of the tensors, for cache bounds. num_fused: where `Fusion.condition`
-    makes another number of rows of the encoder's, how many; those are its placeholder tokens then.
+    num_tokens: rows the encoder gives for it (= placeholder tokens, or encoder rows for cross-attention). tensors: the
+    encoder's inputs, on the CPU. info: small facts that `expand`, `positions` and `cost` need (grids and the like).
+    key: the media key, set by the core; nbytes: memory of the tensors, for cache bounds. num_fused: where
+    `Fusion.condition` makes another number of rows of the encoder's, how many; those are its placeholder tokens then.
     uuid: the item's name, where it was given one, set by the core (the key depends on it).
     """
 
@@ -334,7 +332,8 @@ class CacheLookup:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One of a request's `n` answers. `stop_reason` is the stop string or token id that ended it."""
+    """One of a request's `n` answers. stop_reason: the stop string or token id that ended it. hidden_tokens: how many
+    at the end of `token_ids` are no part of the text: 1 where a token ended it, unless it is shown."""
 
     index: int
     text: str
@@ -343,6 +342,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: tuple[Mapping[int, Logprob], ...] | None = None
     cumulative_logprob: float | None = None
+    hidden_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ def _goodput(
         "share": met / sent if sent else 0.0,
         "requests_per_s": met / seconds,
         "met_each": kept,
+        "answers": len(own),
+        "unmeasured": {name: sum(each[name] is None for each in own) for name in objectives},
     }
 
 

@@ -130,13 +130,28 @@ def conversations(load: Load, part: int = 0, parts: int = 1, warm_up: bool = Fal
 
 
 def question(load: Load, number: int, turn: int = 0, warm_up: bool = False) -> str:
-    """A text that no other request has: cut, or repeated, to `load.characters`; its number always stays."""
-    mark = QUESTION.format(number=f"{'w' if warm_up else ''}{number}{f'.{turn}' if turn else ''}")
+    """A text that no other request has: cut, or repeated, to `load.characters`; its number always stays. Texts of a
+    given length differ in digits alone, so that each has as many tokens."""
+    shown = number if load.characters is None else _digits(load, number)
+    mark = QUESTION.format(number=f"{'w' if warm_up else ''}{shown}{f'.{turn}' if turn else ''}")
     text = INSTRUCTION if load.images else _FILLER
     if load.characters is None:
         return text + mark
     left = max(0, load.characters - len(mark))
     return (text + " " + _FILLER * (left // len(_FILLER) + 1))[:left] + mark[-load.characters :]
+
+
+def _digits(load: Load, number: int) -> str:
+    """A number of as many digits as every other of the load, and one more, have; apart, so that no vocabulary makes
+    one token of some of them and two of others."""
+    return " ".join(str(10 ** len(str(load.requests)) + number))
+
+
+def fitting_message(load: Load) -> Pieces:
+    """A first message that has as many tokens as those of the load, whose `characters` are given. Its number is none
+    of theirs, and its pictures are the warm-up's: nothing of a run is cached by it."""
+    pictures = _Pictures(f"warm-up {load.name}", replace(load, requests=1), warm_up=True)
+    return user_message(question(load, load.requests), pictures.of(0))
 
 
 def user_message(text: str, media: Sequence[Pieces]) -> Pieces:

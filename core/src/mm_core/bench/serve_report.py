@@ -95,7 +95,12 @@ def _goodput_text(found: Mapping[str, Any] | None) -> list[str]:
         return []
     limits = ", ".join(f"{name} ≤ {limit:g} ms" for name, limit in found["objectives_ms"].items())
     kept = f"{found['met']} ({found['share']:.1%}) keep {limits}"
-    return [f"  {'goodput':<15} {found['requests_per_s']:.2f} requests/s: {kept}"]
+    lines = [f"  {'goodput':<15} {found['requests_per_s']:.2f} requests/s: {kept}"]
+    for name, count in found["unmeasured"].items():
+        if count:
+            told = f"{name} could not be measured for {count} of {found['answers']} answers; they keep no bound"
+            lines.append(f"  {'note':<15} {told}")
+    return lines
 
 
 def _errors_text(figures: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mm_core.bench.serve_http import Reply, Target, ask
-from mm_core.bench.serve_loads import Load, Pieces, arrivals, assistant_message, body, conversations
+from mm_core.bench.serve_loads import (
+    Load,
+    Pieces,
+    arrivals,
+    assistant_message,
+    body,
+    conversations,
+    fitting_message,
+)
 from mm_core.errors import EngineError
 
 CHAT = "/chat/completions"
@@ -213,18 +221,24 @@ async def warm_up(setup: Setup, load: Load, count: int) -> None:
         check(reply, "The warm-up")
 
 
+def fault_of(reply: Reply) -> str:
+    """What went wrong, without a full stop: a sentence of the caller's goes on behind it."""
+    told = f"{reply.error}: {reply.detail}" if reply.detail else str(reply.error)
+    return told.rstrip(". ")
+
+
 def check(reply: Reply, what: str) -> None:
     """Raise EngineError for a reply that is none."""
     if reply.error is not None:
-        told = f"{reply.error}: {reply.detail}" if reply.detail else reply.error
-        raise EngineError(f"{what} failed: {told}. Check --url, --model and --api-key, and the server's log.")
+        raise EngineError(
+            f"{what} failed: {fault_of(reply)}. Check --url, --model and --api-key, and the server's log."
+        )
 
 
 async def prompt_tokens(setup: Setup, load: Load, characters: int) -> int:
-    """How many tokens the server makes of a request whose text has that many characters."""
-    probe = replace(load, characters=characters, requests=1, turns=1, stream=False)
-    (talk,) = conversations(probe, warm_up=True)
-    reply = await ask(setup.target, _call(setup, probe, [talk.turns[0]], 1), setup.timeout_s)
+    """How many tokens the server makes of a request of the load whose text has that many characters."""
+    probe = replace(load, characters=characters, stream=False)
+    reply = await ask(setup.target, _call(setup, probe, [fitting_message(probe)], 1), setup.timeout_s)
     check(reply, "The request that counts prompt tokens")
     if reply.usage is None:
         raise EngineError("The server tells no usage, so --prompt-tokens cannot be met. Leave it out.")

@@ -53,7 +53,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     writing.add_argument("model", metavar="NAME", help="such as qwen2-vl-7b")
     writing.add_argument("directory", type=Path, metavar="DIR", help="made where it is not there")
-    writing.set_defaults(run_mode=_write_checkpoint)
+    writing.set_defaults(run_mode=_write_checkpoint, usage_error=writing.error)
 
 
 def bench(arguments: argparse.Namespace) -> int:

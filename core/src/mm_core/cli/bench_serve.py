@@ -97,7 +97,7 @@ def _add_load(group: Any) -> None:
         group.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     group.add_argument("--stream", action=argparse.BooleanOptionalAction, help="instead of the workload's")
     group.add_argument("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
-    group.add_argument("--extra-body", type=json.loads, metavar="JSON", help="more fields of every call's body")
+    group.add_argument("--extra-body", metavar="JSON", help="more fields of every call's body")
 
 
 def _count(text: str) -> int:
@@ -164,8 +164,17 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.usage_error("--prompt-tokens belongs to workloads; a dataset's prompts are taken as they are")
     if arguments.warmup < 0:
         arguments.usage_error("--warmup is a whole number from 0")
-    if arguments.extra_body is not None and not isinstance(arguments.extra_body, Mapping):
+    if arguments.extra_body is not None and _fields(arguments.extra_body) is None:
         arguments.usage_error("--extra-body is a JSON object")
+
+
+def _fields(text: str) -> dict[str, Any] | None:
+    """The fields of a JSON object; None for another text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _run_all(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -221,7 +230,7 @@ def _loads(arguments: argparse.Namespace) -> list[Load]:
     }  # fmt: skip
     given["seed"] = secrets.randbits(31) if arguments.seed is None else arguments.seed
     given["ignore_eos"] = not arguments.no_ignore_eos
-    given["extra"] = arguments.extra_body or {}
+    given["extra"] = _fields(arguments.extra_body or "{}")
     if arguments.dataset is None:
         loads = select_loads(arguments.workload or "serve-poisson-10")
     else:
@@ -238,11 +247,12 @@ def _loads(arguments: argparse.Namespace) -> list[Load]:
 
 def _first_model(target: Any) -> str:
     from mm_core.bench.serve_http import exchange
+    from mm_core.bench.serve_run import fault_of
 
     reply = asyncio.run(exchange(target, [target.head("GET", f"{target.base}/models", 0)], 30.0))
     where = f"{target.host}:{target.port}"
     if reply.error is not None:
-        raise EngineError(f"The server at {where} cannot be asked: {reply.error} {reply.detail}. Check --url.")
+        raise EngineError(f"The server at {where} cannot be asked: {fault_of(reply)}. Check --url.")
     try:
         return str(json.loads(reply.body)["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError):

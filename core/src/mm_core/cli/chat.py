@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from mm_core.cli.run import SUFFIXES, kind_of
-from mm_core.errors import MediaError, MMError
+from mm_core.errors import ConfigError, MediaError, MMError
 from mm_core.zoo import default_model
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ Ctrl-C stops an answer."""
 _MARKS = "?!.,;:)"
 _WORD = re.compile(r"""(?<!\S)(?:'([^']+)'(?=[?!.,;:)\s]|$)|"([^"]+)"(?=[?!.,;:)\s]|$)|((?:\\.|\S)+))""")
 _EDGES = re.compile(r"\A(?:\s*\0[^\0]*\0(?=\s|\Z))+|(?:(?:\A|\s)\s*\0[^\0]*\0)+\s*\Z")  # files around the text
+_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}(?:/.*)?")  # of a server, without its scheme
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -55,8 +56,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--api-key", metavar="KEY", help=f"default: ${KEY_VARIABLE}; for OpenAI ${_OPENAI[0]}")
     engine = parser.add_argument_group("with a model")
     engine.add_argument("--revision", help="branch, tag or commit of a hub id")
-    engine.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:0"')
-    engine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    engine.add_argument("--device", help='"auto" (default), "cpu", "cuda" or "cuda:0"')
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -71,15 +72,29 @@ def _backend(arguments: argparse.Namespace) -> Backend:
     target: str | None = arguments.target
     given = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "seed")}
     sampling = {name: value for name, value in given.items() if value is not None}
-    if target is not None and target.lower().startswith(("http://", "https://")):
+    remote = target is not None and target.lower().startswith(("http://", "https://"))
+    _check(arguments, remote)
+    if remote and target is not None:
         return RemoteBackend(target, model=arguments.model, key=_key(arguments, target), options=sampling)
     from mm_core.config import SamplingParams
     from mm_core.engine.engine import Engine
 
     params = SamplingParams(**{"max_tokens": 1024, "temperature": 0.0, **sampling})
     name = str(default_model()) if target is None else target
-    engine = Engine.from_pretrained(name, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
+    device, dtype = arguments.device or "auto", arguments.dtype or "auto"
+    engine = Engine.from_pretrained(name, revision=arguments.revision, device=device, dtype=dtype)
     return LocalBackend(engine, params, name)
+
+
+def _check(arguments: argparse.Namespace, remote: bool) -> None:
+    """Refuse options that would do nothing (wrong usage), and an address without its scheme (ConfigError)."""
+    target: str | None = arguments.target
+    if target is not None and not remote and _ADDRESS.fullmatch(target) and not Path(target).exists():
+        raise ConfigError(f"There is no model {target!r}. If it is a server's address, write http://{target}.")
+    for name in ("device", "dtype", "revision") if remote else ("model", "api_key"):
+        if getattr(arguments, name) is not None:
+            goes = "a model, not with a URL" if remote else "a URL (http://… or https://…), and none is given"
+            arguments.usage_error(f"--{name.replace('_', '-')} goes with {goes}")
 
 
 def _key(arguments: argparse.Namespace, url: str) -> str | None:
@@ -225,14 +240,29 @@ def split_message(message: str) -> tuple[str, list[Medium]]:
 
 
 def read_medium(path: str, kind: Kind) -> Medium:
-    """A file's content. Raises MediaError where there is none."""
+    """A file's content. Raises MediaError where there is no file, or nothing in it."""
     from mm_core.cli.chat_backends import Medium
     from mm_core.media.decode import read_regular_file
 
     if not path:
         raise MediaError(f"/{kind} needs the path of a file.")
     found = _path(path)
-    return Medium(kind, found.name, read_regular_file(found, _MOST_BYTES))
+    data = read_regular_file(found, _MOST_BYTES)
+    if not data:
+        _refuse_empty(kind)
+    return Medium(kind, found.name, data)
+
+
+def _refuse_empty(kind: Kind) -> None:
+    """The decoder's own error for no bytes at all: no server need be asked."""
+    from mm_core.media import audio, decode, video
+
+    if kind == "image":
+        decode.decode_image(b"")
+    elif kind == "audio":
+        audio.decode_audio(b"")
+    else:
+        video.decode_chosen(b"", lambda _total, _fps: [])
 
 
 def _bare(text: str) -> str:

@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: an error of mm-core, told in one line. 2: wrong usage. 130: interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.usage_error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(arguments.call(arguments))
     except MMError as error:
@@ -45,35 +47,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mm-core {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("run", help="ask a model once", allow_abbrev=False)
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.set_defaults(usage_error=command.error)  # a mode of a command sets its own
+        return command
+
+    command = add("run", "ask a model once")
     add_run_arguments(command)
     command.set_defaults(call=run)
 
-    command = commands.add_parser("chat", help="talk with a model, or with a server", allow_abbrev=False)
+    command = add("chat", "talk with a model, or with a server")
     add_chat_arguments(command)
     command.set_defaults(call=chat)
 
-    command = commands.add_parser("serve", help="answer calls over HTTP, as OpenAI's API", allow_abbrev=False)
+    command = add("serve", "answer calls over HTTP, as OpenAI's API")
     add_serve_arguments(command)
     command.set_defaults(call=serve)
 
-    command = commands.add_parser("bench", help="measure throughput and latency", allow_abbrev=False)
+    command = add("bench", "measure throughput and latency")
     add_bench_arguments(command)
     command.set_defaults(call=bench)
 
-    command = commands.add_parser("cache-sim", help="replay a trace against the caches alone", allow_abbrev=False)
+    command = add("cache-sim", "replay a trace against the caches alone")
     add_cache_sim_arguments(command)
     command.set_defaults(call=cache_sim)
 
-    command = commands.add_parser("new-plugin", help="write a working plugin to begin from", allow_abbrev=False)
+    command = add("new-plugin", "write a working plugin to begin from")
     add_new_plugin_arguments(command)
     command.set_defaults(call=new_plugin)
 
-    command = commands.add_parser("plugins", help="list the installed plugins", allow_abbrev=False)
+    command = add("plugins", "list the installed plugins")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(call=tables.plugins)
 
-    command = commands.add_parser("env", help="print the versions that a bug report needs", allow_abbrev=False)
+    command = add("env", "print the versions that a bug report needs")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(call=tables.environment)
     return parser

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -138,8 +138,9 @@ class Frontend(About):
 
     def _on_restart(self) -> None:
         self.desk.come_up()
-        for owner in list(self.pipeline.media.pinned):  # what is computed anew of them joins
-            self.desk.ask(PinItem, owner.uuid, owner.salt)
+        with suppress(MMError):  # it died once more: the one after it is told
+            for owner in list(self.pipeline.media.pinned):  # what is computed anew of them joins
+                self.desk.ask(PinItem, owner.uuid, owner.salt)
 
     def _refusal(self, params: SamplingParams) -> MMError | None:
         """Why the engine's process cannot take a request, if it cannot."""

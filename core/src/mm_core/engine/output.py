@@ -386,6 +386,8 @@ class RequestText:
         if answer.finish_reason is None and not self._params.include_stop_str_in_output:
             text = text[: len(text) - answer.matcher.pending]
         asked = self._params.best_logprobs is not None
+        by_token = answer.token_ids and not isinstance(answer.stop_reason, str)  # else by a stop string, or unended
+        hidden = by_token and self._hidden_token(answer.token_ids, answer.finish_reason) is not None
         return CompletionOutput(
             index=answer.index,
             text=text,
@@ -394,4 +396,5 @@ class RequestText:
             stop_reason=answer.stop_reason,
             logprobs=tuple(answer.logprobs) if asked else None,
             cumulative_logprob=answer.cumulative_logprob if asked else None,
+            hidden_tokens=int(bool(hidden)),
         )

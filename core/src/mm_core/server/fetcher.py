@@ -31,6 +31,7 @@ from mm_core.server.addresses import (
     read_url,
 )
 from mm_core.server.config import MediaConfig
+from mm_core.server.shares import Shares
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +104,13 @@ class Network:
 
 
 class UrlFetcher:
-    """Fetches URLs as `config` allows. At most `concurrency` at a time."""
+    """Fetches URLs as `config` allows. At most `concurrency` at a time, and half of that for one caller."""
 
     def __init__(self, config: MediaConfig, network: Network | None = None, *, concurrency: int = 32) -> None:
         self._config = config
         self._rules = DomainRules(config.allowed_domains)
         self._network = network or Network()
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = Shares(concurrency)
 
     def check(self, url: str) -> Target:
         """Read a URL; nothing is resolved. Raises MediaBlockedError where it may not be fetched."""
@@ -124,14 +125,14 @@ class UrlFetcher:
             raise blocked(_NOT_ALLOWED)
         return target
 
-    async def fetch(self, url: str, limit: int) -> bytes:
+    async def fetch(self, url: str, limit: int, caller: str = "") -> bytes:
         """The content behind a URL, at most `limit` bytes, within the configured time all in all.
 
         Raises MediaBlockedError, MediaFetchError, and MediaTooLargeError where the reply says that it is larger.
         """
         target = self.check(url)
         try:
-            async with asyncio.timeout(self._config.fetch_timeout_s), self._slots:
+            async with asyncio.timeout(self._config.fetch_timeout_s), self._slots.of(caller):
                 return await self._follow(target, limit)
         except MMError:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mm_core.server.config import MediaConfig
 from mm_core.server.context import Call
 from mm_core.server.fetcher import Network, UrlFetcher
 from mm_core.server.files import FileReader
+from mm_core.server.shares import Shares
 from mm_core.types import MODALITIES, Modality
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _URL_PARTS: Mapping[str, Modality] = {"image_url": "image", "video_url": "video"
 _DIRECT: Mapping[str, Modality] = {"image": "image", "video": "video", "audio": "audio"}
 _QUICK = 2**18  # characters of base64 that are decoded where they are
 _AT_ONCE = 4  # items of one call that are read at a time
+_FETCHING = 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class _Budget:
 
 class MediaIntake:
     """Reads what callers send or point to. modalities: what the model reads. limits: items of a modality that one
-    request may have. on_fetch: told the seconds that each URL took."""
+    request may have. on_fetch: told the seconds that each URL took. fetching: room for calls whose media are fetched
+    or were, and that have no place in the gate yet."""
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class MediaIntake:
         self._files = None if config.allowed_path is None else FileReader(config.allowed_path)
         self._limits = MediaLimits(max_encoded_bytes=config.max_part_bytes, max_video_frames=config.max_video_frames)
         self._on_fetch = on_fetch
+        self.fetching = Shares(_FETCHING)
 
     @classmethod
     def for_engine(
@@ -165,7 +169,7 @@ class MediaIntake:
                 return [None] * len(items)
             phase, call.phase = call.phase, "fetch"
             slots = asyncio.Semaphore(_AT_ONCE)
-            tasks = [asyncio.ensure_future(self._read(item, budget, slots)) for item in items]
+            tasks = [asyncio.ensure_future(self._read(item, budget, slots, call)) for item in items]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
@@ -192,30 +196,30 @@ class MediaIntake:
                     f"The request has {count} item(s) of {modality}; the limit is {self._caps[modality]}. Send fewer."
                 )
 
-    async def _read(self, item: _Wanted, budget: _Budget, slots: asyncio.Semaphore) -> Encoded | None:
+    async def _read(self, item: _Wanted, budget: _Budget, slots: asyncio.Semaphore, call: Call) -> Encoded | None:
         if item.text is None:
             return None
         async with slots:
-            return budget.take(await self._content(item.modality, item.text, item.plain, budget.room))
+            return budget.take(await self._content(item, item.text, budget.room, call))
 
-    async def _content(self, modality: Modality, text: str, plain: bool, room: int) -> Encoded:
-        if plain:
-            return await _apart(len(text), partial(decode_base64, text, modality, self._limits.max_encoded_bytes))
+    async def _content(self, item: _Wanted, text: str, room: int, call: Call) -> Encoded:
+        if item.plain:
+            return await _apart(len(text), partial(decode_base64, text, item.modality, self._limits.max_encoded_bytes))
         scheme = text[:9].partition(":")[0].lower()
         if scheme == "data":
-            return await _apart(len(text), partial(decode_data_url, text, modality, self._limits))
+            return await _apart(len(text), partial(decode_data_url, text, item.modality, self._limits))
         if scheme in ("http", "https"):
-            return await self._fetch(text, room)
+            return await self._fetch(text, room, call)
         if scheme == "file":
             if self._files is None:
                 raise blocked("This server reads no files; whoever runs it can allow a directory.")
             return await asyncio.to_thread(self._files.read, text, room)
         raise blocked("The URL is none of data:, https: and file:.")
 
-    async def _fetch(self, url: str, room: int) -> bytes:
+    async def _fetch(self, url: str, room: int, call: Call) -> bytes:
         start = time.perf_counter()
         try:
-            return await self._fetcher.fetch(url, room)
+            return await self._fetcher.fetch(url, room, call.caller.name)
         finally:
             if self._on_fetch is not None:
                 self._on_fetch(time.perf_counter() - start)
@@ -224,6 +228,17 @@ class MediaIntake:
 async def _apart(length: int, decode: Callable[[], Encoded]) -> Encoded:
     """Decode here if it takes no time, else in a thread."""
     return decode() if length <= _QUICK else await asyncio.to_thread(decode)
+
+
+def points_elsewhere(values: Iterable[Any]) -> bool:
+    """Whether any is a URL to fetch, or a part of a message with one; what is neither is for others to refuse."""
+    for value in values:
+        part = value if isinstance(value, Mapping) else {"image_url": value}
+        inner = next((part[kind] for kind in _URL_PARTS if kind in part), None)
+        text = inner.get("url") if isinstance(inner, Mapping) else inner
+        if isinstance(text, str) and text[:4].lower() == "http":
+            return True
+    return False
 
 
 # -- parts -------------------------------------------------------------------------------------

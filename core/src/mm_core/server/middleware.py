@@ -114,7 +114,8 @@ class CallMiddleware:
             if route is None:
                 raise NotFoundError("There is no such route.")
             if route.method != scope["method"] and (route.method, scope["method"]) != ("GET", "HEAD"):
-                raise MethodNotAllowedError("The route has other methods.", allow=self._table.methods(scope["path"]))
+                methods = self._table.methods(scope["path"])
+                raise MethodNotAllowedError(f"The route has other methods: {', '.join(methods)}.", allow=methods)
             scope.setdefault("state", {}).update(call=call, route=route)
             self._context.metrics.on_call_begin(call)
             with nullcontext() if route.essential else self._context.gate.present(call):

@@ -13,7 +13,7 @@ from mm_core.server.context import Call
 from mm_core.server.protocol.chat import LogprobsDict, TokenLogprobDict, TopLogprobDict
 from mm_core.server.protocol.common import ReuseDict, UsageDict
 from mm_core.server.protocol.completions import LegacyLogprobsDict
-from mm_core.types import CompletionOutput, FinishReason, Logprob, RequestOutput
+from mm_core.types import CompletionOutput, Logprob, RequestOutput
 
 DONE = b"data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's number for "never"
@@ -230,15 +230,9 @@ def chat_logprobs(answer: CompletionOutput, first: int, shape: Shape) -> Logprob
     """Of the answer's tokens from `first` on."""
     if shape.logprobs is None or answer.logprobs is None:
         return None
-    last = _num_shown(answer, shape.params)
+    last = len(answer.token_ids) - answer.hidden_tokens
     rows = zip(answer.token_ids[first:last], answer.logprobs[first:last], strict=True)
     return {"content": [_token_logprob(token, found, shape.logprobs) for token, found in rows], "refusal": None}
-
-
-def _num_shown(answer: CompletionOutput, params: SamplingParams) -> int:
-    """The answer's tokens, less the one that ended it and is no part of the text."""
-    ended = answer.finish_reason == FinishReason.STOP and not isinstance(answer.stop_reason, str)
-    return len(answer.token_ids) - (ended and not params.include_stop_str_in_output)
 
 
 def _token_logprob(token: int, found: Mapping[int, Logprob], top: int) -> TokenLogprobDict:
@@ -353,7 +347,7 @@ def legacy_logprobs(answer: CompletionOutput, first: int, offset: int, shape: Sh
     """Of the answer's tokens from `first` on, which begins `offset` characters into the text."""
     if shape.logprobs is None or answer.logprobs is None:
         return None
-    last = _num_shown(answer, shape.params)
+    last = len(answer.token_ids) - answer.hidden_tokens
     reply: LegacyLogprobsDict = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     tops: list[dict[str, float]] = []
     for token, found in zip(answer.token_ids[first:last], answer.logprobs[first:last], strict=True):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mm_core.config import SamplingParams
 from mm_core.errors import MMError, RequestAbortedError, RequestTimeoutError
@@ -23,9 +24,17 @@ from mm_core.server.replies import encode, event
 from mm_core.types import RequestOutput
 
 T = TypeVar("T")
-Ask = Callable[[], Awaitable[Any]]
 
+_READ_AT_ONCE_S = 0.01
 _LAST_WORD_S = 5.0  # how long a client may take to read that its stream failed
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt of a call. make: gives the engine's, media loaded. fetches: whether some are on other servers."""
+
+    make: Callable[[], Awaitable[Any]]
+    fetches: bool = False
 
 
 async def attend(work: Coroutine[Any, Any, T], call: Call, timeout_s: float) -> T:
@@ -92,8 +101,7 @@ def _count(context: ServerContext, call: Call, output: RequestOutput) -> None:
 async def answers(
     context: ServerContext, call: Call, asks: Sequence[Ask], params: SamplingParams
 ) -> list[RequestOutput]:
-    """Finished outputs of a call's prompts, in order, each answered as soon as it has its places in the gate. asks:
-    give the prompts, media loaded."""
+    """Finished outputs of a call's prompts, in order, each answered as soon as it has its places in the gate."""
     call.phase = "queue"
     jobs = [asyncio.ensure_future(_answer(context, call, ask, params)) for ask in asks]
     try:
@@ -104,36 +112,41 @@ async def answers(
 
 async def _answer(context: ServerContext, call: Call, ask: Ask, params: SamplingParams) -> RequestOutput:
     async with (
-        context.gate.enter(call, params.n),
-        aclosing(run(context, call, await ask(), params, stream=False)) as outputs,
+        _inside(context, call, ask, params) as prompt,
+        aclosing(run(context, call, prompt, params, stream=False)) as outputs,
     ):
         return await anext(outputs)
+
+
+@asynccontextmanager
+async def _inside(context: ServerContext, call: Call, ask: Ask, params: SamplingParams) -> AsyncIterator[Any]:
+    """The prompt, with its places in the gate. What it points to is fetched before: nobody waits behind a server that
+    takes its time but whoever named it."""
+    async with AsyncExitStack() as fetching:
+        prompt = None
+        if ask.fetches:
+            await fetching.enter_async_context(context.intake.fetching.of(call.caller.name))
+            prompt = await ask.make()
+        async with context.gate.enter(call, params.n):
+            await fetching.aclose()
+            yield prompt if ask.fetches else await ask.make()
 
 
 async def updates(
     context: ServerContext, call: Call, asks: Sequence[Ask], params: SamplingParams
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Outputs of a call's prompts while they grow, each with its prompt's place."""
+    """Outputs of a call's prompts while they grow, whichever comes, each with its prompt's place; of those that wait
+    for the reader, the newest of each prompt. A prompt's places in the gate are free when its answers are there,
+    however slowly they are read."""
     call.phase = "queue"
-    if len(asks) == 1:
-        async with context.gate.enter(call, params.n), aclosing(run(context, call, await asks[0](), params)) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
-    async with aclosing(_merged(context, call, asks, params)) as several:
-        async for each in several:
-            yield each
-
-
-async def _merged(
-    context: ServerContext, call: Call, asks: Sequence[Ask], params: SamplingParams
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Of several prompts, whichever comes; of those that wait for the reader, the newest of each prompt."""
     latest: dict[int, RequestOutput] = {}
     news = asyncio.Event()
 
     async def pump(place: int, ask: Ask) -> None:
-        async with context.gate.enter(call, params.n), aclosing(run(context, call, await ask(), params)) as outputs:
+        async with (
+            _inside(context, call, ask, params) as prompt,
+            aclosing(run(context, call, prompt, params)) as outputs,
+        ):
             async for output in outputs:
                 latest[place] = output
                 news.set()
@@ -204,9 +217,18 @@ class EventStream(Response):
                 if not self._started:
                     self.headers.update(warning_headers(self._call))
                     self._started = True  # from here on, whether or not the client reads it
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    head: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                    await self._send(send, head)
                 if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        begun = time.perf_counter()
+        await send(message)
+        if time.perf_counter() - begun > _READ_AT_ONCE_S:  # it waited for the client: until it read, or was gone
+            await asyncio.sleep(0)
+            if self._call.disconnected.is_set():
+                raise RequestAbortedError("The client closed the connection.")
 
 
 async def _send_last(send: Send, body: bytes) -> None:

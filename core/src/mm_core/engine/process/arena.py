@@ -165,8 +165,16 @@ class Arena:
                 placed[feature.key] = slot
             for slot in placed.values():
                 slot.mentions += 1  # from here on nobody frees it before this request was seen
-        for slot, feature in fresh:
-            self._copy(slot, feature)
+        try:
+            for slot, feature in fresh:
+                self._copy(slot, feature)
+        except BaseException:
+            with self._lock:  # nobody may find what was not filled
+                for slot in placed.values():
+                    slot.mentions -= 1
+                for slot, _ in fresh:
+                    self._drop(slot)
+            raise
         return placed
 
     def fits(self, features: Iterable[MediaFeature]) -> bool:

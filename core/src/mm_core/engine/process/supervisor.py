@@ -60,6 +60,7 @@ class EngineProcess:
         self.restarts = 0
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._turn = threading.RLock()  # held while it comes up or goes down, and all are told
         self._thread = threading.Thread(target=self._run, name="mm-core-engine-process", daemon=True)
         self._thread.start()
 
@@ -160,8 +161,9 @@ class EngineProcess:
         def on_end() -> None:
             ended.set()
             self._events.put("end")
-            if self._state == "ready":
-                self._refuse(self._last_words or "The engine's process ended; what ran in it is lost.")
+            with self._turn:
+                if self._state == "ready":
+                    self._refuse(self._last_words or "The engine's process ended; what ran in it is lost.")
 
         with self._startup.part("process", "Starting the engine's process"):
             child = Child(self._launch, self._listeners, self._on_start, on_end)
@@ -190,9 +192,10 @@ class EngineProcess:
     def _take_event(self, event: str) -> None:
         if event == "ready" and self._state == "starting":
             again = self._first.done()
-            self._state, self.refusal = "ready", None
-            if again:
-                self._listeners.restarted()
+            with self._turn:  # it may end again meanwhile: who is told of that is told behind this
+                self._state, self.refusal = "ready", None
+                if again:
+                    self._listeners.restarted()
 
     def _on_start(self, message: Progress | Ready | Failed) -> None:
         """In the receiver's thread."""

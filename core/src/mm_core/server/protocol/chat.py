@@ -114,10 +114,17 @@ class UserMessage(_Message):
     content: Content
 
 
-class TextMessage(_Message):
+class SystemMessage(_Message):
     """What the user does not say; media belong to users."""
 
-    role: Literal["system", "developer"]
+    role: Literal["system"]
+    content: TextContent
+
+
+class DeveloperMessage(_Message):
+    """The same, by its newer name."""
+
+    role: Literal["developer"]
     content: TextContent
 
 
@@ -141,7 +148,9 @@ class AssistantMessage(_Message):
     function_call: refused(_NO_TOOLS, or_empty=True) = None  # type: ignore[valid-type]
 
 
-Message = Annotated[UserMessage | TextMessage | ToolMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[
+    UserMessage | SystemMessage | DeveloperMessage | ToolMessage | AssistantMessage, Field(discriminator="role")
+]
 
 
 class PlainFormat(Body):

@@ -13,6 +13,7 @@ from mm_core.config import SamplingParams
 from mm_core.inputs.messages import ChatPrompt
 from mm_core.server.body import read_model
 from mm_core.server.context import Call, ServerContext, call_of, context_of
+from mm_core.server.intake import points_elsewhere
 from mm_core.server.params import chat_params, check_model, prompt_options
 from mm_core.server.protocol.chat import ChatReply, ChatRequest
 from mm_core.server.protocol.common import SamplingFields
@@ -37,12 +38,13 @@ async def chat(request: Request) -> Response:
 
 def _ask(body: ChatRequest, context: ServerContext, call: Call) -> Ask:
     options = prompt_options(body, call, context)
+    messages = [message.plain() for message in body.messages]
+    parts = [part for message in messages if isinstance(content := message.get("content"), list) for part in content]
 
-    async def ask() -> ChatPrompt:
-        messages = await context.intake.read_messages([message.plain() for message in body.messages], call)
-        return ChatPrompt(messages, **options)
+    async def make() -> ChatPrompt:
+        return ChatPrompt(await context.intake.read_messages(messages, call), **options)
 
-    return ask
+    return Ask(make, points_elsewhere(parts))
 
 
 async def _events(context: ServerContext, call: Call, ask: Ask, shape: Shape) -> AsyncGenerator[bytes, None]:

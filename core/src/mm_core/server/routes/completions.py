@@ -12,6 +12,7 @@ from starlette.responses import Response
 from mm_core.errors import InvalidPromptError
 from mm_core.server.body import read_model
 from mm_core.server.context import Call, ServerContext, call_of, context_of
+from mm_core.server.intake import points_elsewhere
 from mm_core.server.params import check_model, completion_params, prompt_options
 from mm_core.server.protocol.completions import CompletionReply, CompletionRequest
 from mm_core.server.replies import CompletionEvents, Shape, completion_reply
@@ -62,8 +63,10 @@ def _asks(body: CompletionRequest, context: ServerContext, call: Call) -> list[A
     if not (data or uuids) and not all(body.prompts):
         raise InvalidPromptError("The prompt is empty. Write some text.", param="prompt")
 
+    urls = [url for given in data.values() for url in (given if isinstance(given, list) else [given])]
+
     def ask_for(prompt: str | list[int]) -> Ask:
-        async def ask() -> TextPrompt:
+        async def make() -> TextPrompt:
             media: dict[str, Any] = {}
             if data or uuids:
                 media["multi_modal_data"] = await context.intake.read_media_data(data, uuids, call)
@@ -72,7 +75,7 @@ def _asks(body: CompletionRequest, context: ServerContext, call: Call) -> list[A
                 return TextPrompt(prompt=prompt, **media, **options)
             return TextPrompt(prompt_token_ids=prompt, **media, **options)
 
-        return ask
+        return Ask(make, points_elsewhere(urls))
 
     return [ask_for(prompt) for prompt in body.prompts]
 
