@@ -54,6 +54,7 @@ def result(document: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_document(reports: tuple[dict[str, Any], Path, str]) -> None:
     document, _, _ = reports
     assert document["schema_version"] == 1
@@ -65,6 +66,7 @@ def test_document(reports: tuple[dict[str, Any], Path, str]) -> None:
     assert [r["workload"] for r in document["results"]] == list(WORKLOADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in WORKLOADS if n != "latency"])
 def test_figures_of_a_workload(reports: tuple[dict[str, Any], Path, str], name: str) -> None:
     found = result(reports[0], name)
@@ -89,6 +91,7 @@ def in_full_blocks(found: dict[str, Any]) -> int:
     return int(found["tokens"]["cached"] - found["caches"]["copied_tokens"])
 
 
+@pytest.mark.slow
 def test_reuse_is_what_the_workload_has(reports: tuple[dict[str, Any], Path, str]) -> None:
     document, _, _ = reports
     cached = {n: in_full_blocks(result(document, n)) for n in WORKLOADS}
@@ -104,6 +107,7 @@ def test_reuse_is_what_the_workload_has(reports: tuple[dict[str, Any], Path, str
     assert (processed["image-distinct"], processed["image-reuse"], processed["image-reuse-warm"]) == (16, 1, 0)
 
 
+@pytest.mark.slow
 def test_latency(reports: tuple[dict[str, Any], Path, str]) -> None:
     found = result(reports[0], "latency")
     assert (found["kind"], found["requests"], found["tokens"]["prompt_each"]) == ("latency", 16, [PROMPT])
@@ -115,6 +119,7 @@ def test_latency(reports: tuple[dict[str, Any], Path, str]) -> None:
     assert found["caches"]["encoder_hits"] == 0
 
 
+@pytest.mark.slow
 def test_traces_and_plots(reports: tuple[dict[str, Any], Path, str]) -> None:
     _, folder, _ = reports
     for name in WORKLOADS:
@@ -132,6 +137,7 @@ def test_traces_and_plots(reports: tuple[dict[str, Any], Path, str]) -> None:
         assert all(a["ts"] + a["dur"] <= b["ts"] + 1 for a, b in itertools.pairwise(ordered))
 
 
+@pytest.mark.slow
 def test_what_is_printed(reports: tuple[dict[str, Any], Path, str]) -> None:
     _, folder, text = reports
     assert "ceilings: copy" in text
@@ -144,6 +150,7 @@ def test_what_is_printed(reports: tuple[dict[str, Any], Path, str]) -> None:
         assert word in text
 
 
+@pytest.mark.slow
 def test_table_for_the_docs(reports: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     script = ROOT / "tests/bench/report.py"
     assert subprocess.run([sys.executable, str(script), "--check"], timeout=120, check=False).returncode == 0

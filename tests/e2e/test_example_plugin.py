@@ -67,6 +67,7 @@ def call(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_it_is_found_by_its_entry_point(site: Path) -> None:
     done = call(site, "-m", "mm_core.cli", "plugins")
     assert done.returncode == 0, done.stderr

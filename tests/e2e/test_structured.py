@@ -427,6 +427,7 @@ def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str], mo
     assert "'colour':" in found
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tiny_path: Path) -> None:
     """Only what is asked for crosses; the engine's process compiles it beside its loop."""
     settings = [params(CHOICE), params(WORDS, temperature=1.0, seed=3), params(SCHEMA, max_tokens=80), params()]

@@ -346,6 +346,7 @@ def test_keys_share_nothing(whisper: Server) -> None:
     assert len(set(replies)) == 1
 
 
+@pytest.mark.slow
 def test_forms_of_every_shape(whisper: Server, client: Any, song: str, tmp_path: Path) -> None:
     """Schemathesis on the two routes, where a model takes their forms."""
     command = [

@@ -36,7 +36,7 @@ CHECKS = (
 @pytest.fixture(scope="module")
 def contract() -> Iterator[Server]:
     """Answers are short: what is tested is the border, not the model."""
-    with running_server(keys=("key-of-one",), max_completion_tokens=4, max_model_len=512) as running:
+    with running_server(in_process=True, keys=("key-of-one",), max_completion_tokens=4, max_model_len=512) as running:
         yield running
 
 

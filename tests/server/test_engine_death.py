@@ -128,6 +128,7 @@ def test_a_frozen_engine_is_told_of(server: Server) -> None:
     tokens(server)
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_nothing_left_behind() -> None:
     with running_server(keys=("key-of-one",)) as running:
         children = psutil.Process(running.pid).children(recursive=True)

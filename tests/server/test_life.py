@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from support.serving import Server, running_server, started_server
 
 CHAT = "/v1/chat/completions"
@@ -121,6 +122,7 @@ def test_calls_that_take_too_long_end_with_an_error():
         assert json.loads(stream.events[-1])["error"]["code"] == "engine_closed"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_all_of_it_at_once():
     with running_server(decode_workers=1) as server:
         children = psutil.Process(server.pid).children(recursive=True)
@@ -138,6 +140,7 @@ def test_a_second_signal_ends_all_of_it_at_once():
         assert psutil.wait_procs(children, timeout=5.0)[1] == []
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_loads_leaves_nothing():
     with started_server() as server:
         server.wait_for_lines("loading", 60.0)

@@ -180,6 +180,7 @@ def test_there_need_be_no_page(counted: Server) -> None:
             assert client.get(path).status_code == 404, path
 
 
+@pytest.mark.slow
 def test_counters_survive_the_engines_end(counted: Server) -> None:
     ask(counted, "Where is the brown ring?", stream=True)
     before = scrape(counted)

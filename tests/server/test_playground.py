@@ -201,7 +201,7 @@ def test_what_a_model_writes_is_text(browser: Browser, open_server: Server) -> N
         assert page.locator(".turns img, .turns b").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_nothing_is_inaccessible(browser: Browser, open_server: Server, scheme: Any) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
@@ -280,6 +280,7 @@ def test_it_fits(browser: Browser, open_server: Server, width: int) -> None:
         shoot(page, f"width-{width}")
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
     with running_server(in_process=True, decode_workers=0, keys=(KEY, "another")) as server:
         with browser.new_context() as context:
@@ -312,6 +313,7 @@ def _sample(server: Server, key: str) -> Any:
         return json.loads(line.removeprefix("data: "))
 
 
+@pytest.mark.slow
 def test_a_recording_is_written_down(browser: Browser, tmp_path: Path) -> None:
     model = make_tiny_whisper(tmp_path, max_target_positions=64, stamp_scale=0.45)
     soundfile.write(tmp_path / "tones.wav", sound(2.0, 4), RATE)

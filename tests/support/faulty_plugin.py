@@ -40,7 +40,8 @@ def mm_encoder(family: str, checkpoint: Checkpoint, context: BuildContext) -> En
         rows = forward(features)
         if SHORT in heights:
             return [row[:-1] for row in rows]
-        return [row * float("nan") for row in rows] if NO_NUMBERS in heights else rows
+        factors = [float("nan") if height(feature) == NO_NUMBERS else 1.0 for feature in features]
+        return [row * factor for row, factor in zip(rows, factors, strict=True)]
 
     def priced(feature: Any) -> int:
         if height(feature) == BREAKS:

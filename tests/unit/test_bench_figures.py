@@ -224,6 +224,7 @@ def test_phases_against_the_ceilings(facts: Facts) -> None:
     assert found["decode"]["tbs_share"] == pytest.approx(found["decode"]["tbs"] / 2.97)
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured_in_a_process_of_their_own() -> None:
     found = measure_ceilings("cpu", "float32")
     assert found.matmul == "1024³ fp32"

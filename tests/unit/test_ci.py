@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 import pytest
@@ -44,6 +46,7 @@ def test_skips_fail_in_ci_and_markers_deselect(tmp_path):
     assert "no such thing here" in out
 
 
+@pytest.mark.slow
 def test_a_module_that_skips_itself_fails_in_ci(tmp_path):
     (tmp_path / "test_one.py").write_text("import pytest\npytest.skip('no file', allow_module_level=True)\n")
     (tmp_path / "test_two.py").write_text("import pytest\npytest.importorskip('no_such')\n")
