@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 from support.blip2_reference import Reference
 from support.tiny_blip2 import make_tiny_blip2
 
@@ -42,5 +43,6 @@ class TestInstructBlipVicuna(TestBlip2Opt):
     text: ClassVar[Any] = "llama"
 
 
+@pytest.mark.slow
 class TestInstructBlipFlanT5(TestBlip2FlanT5):
     kind: ClassVar[Any] = "instructblip"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import pytest
 from support.tiny_vila import LITE, S2, STATIC, Tiny
 from support.vila_reference import VilaReference
 
@@ -45,6 +46,7 @@ class TestNvila(Vila):
     tiny = Tiny(S2)
 
 
+@pytest.mark.slow
 class TestNvilaLite(Vila):
     tiny = Tiny(LITE, "mlp_downsample_3x3_fix", "hf", "NVILALiteForConditionalGeneration")
 
