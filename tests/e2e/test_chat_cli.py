@@ -95,6 +95,7 @@ def check_talk(done: subprocess.CompletedProcess[str], wanted: list[str]) -> Non
     assert ">" not in done.stdout, "nothing is prompted for in a pipe"
 
 
+@pytest.mark.slow
 def test_an_engine_in_the_process(wanted: list[str]) -> None:
     """The zoo's model, since none is named; the talk has more turns than one, and ends with its input."""
     check_talk(chat("--device", "cpu", lines=TALK), wanted)
@@ -187,6 +188,7 @@ class Terminal:
         os.close(self._fd)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     """A model that never ends by itself."""
     terminal = Terminal(str(make_tiny_qwen2vl(tmp_path)), "--device", "cpu", "--max-tokens", "20000")

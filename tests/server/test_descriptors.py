@@ -7,11 +7,13 @@ import socket
 from contextlib import ExitStack
 
 import httpx
+import pytest
 from support.serving import started_server
 
 FILES = 300
 
 
+@pytest.mark.slow
 def test_idle_connections_leave_room_for_health() -> None:
     """--max-connections is 4096 by default: the bound has to be what the process may open, less what else it needs."""
     with ExitStack() as stack:

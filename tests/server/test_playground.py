@@ -375,6 +375,7 @@ def test_files_of_the_page(open_server: Server) -> None:
     assert not re.search(r"<script>|\son\w+=|\sstyle=", (FOLDER / "index.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_shown_and_comes_back(browser: Browser, open_server: Server) -> None:
     with opened(browser, open_server) as page:
         os.kill(open_server.stats()["engine"]["engine_process"]["pid"], signal.SIGKILL)

@@ -19,6 +19,7 @@ from support.serving import ROOT, Server, running_server, started_server
 
 from mm_core.zoo import default_model
 
+pytestmark = pytest.mark.slow  # the engine ends, and starts again, many times
 TESTS = {"PYTHONPATH": str(ROOT / "tests")}
 
 

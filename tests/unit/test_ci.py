@@ -35,6 +35,7 @@ def run_pytest(folder: Path, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_skips_fail_in_ci_and_markers_deselect(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     code, out = run_pytest(tmp_path)
