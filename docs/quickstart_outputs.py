@@ -49,6 +49,8 @@ _VARYING = (
     (r"ready after .*\)", "ready after TIME"),
     (r"[\d.]+ (s|tokens/s)\b", r"TIME \1"),
 )
+# A slow machine draws bars for what takes seconds; each state of one begins with a carriage return, read as a new line.
+_BAR = re.compile(r"^\n?[^\n|]*\d%\|[^\n|]*\|.*\n", re.MULTILINE)
 
 
 class Program:
@@ -177,7 +179,12 @@ class Steps:
         return self._session.until("\0")[0]
 
     def _shown(self, text: str) -> str:
-        return text.replace(self._url, SHOWN_URL).replace(str(ROOT), SHOWN_ROOT)
+        return without_bars(text).replace(self._url, SHOWN_URL).replace(str(ROOT), SHOWN_ROOT)
+
+
+def without_bars(text: str) -> str:
+    """What a program wrote, without its progress bars."""
+    return _BAR.sub("", text)
 
 
 def fresh(text: str, programs: Path) -> str:

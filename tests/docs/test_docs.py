@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import re
 import shlex
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import get_args, get_type_hints
 
 import pytest
+from support.scripts import module_of
 
 import mm_core
 from mm_core import KvCacheConfig, MMError, benchspecs, errors, hookspecs
@@ -136,18 +135,9 @@ def test_changelog_and_licence():
 # --- what is complete
 
 
-def script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_support_table_is_up_to_date():
     text = README.read_text(encoding="utf-8")
-    assert script(ROOT / "docs/support_table.py").updated(text) == text, "run: python docs/support_table.py --write"
+    assert module_of(ROOT / "docs/support_table.py").updated(text) == text, "run: python docs/support_table.py --write"
 
 
 def signature(function: object) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.scripts import module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/quickstart.md"
@@ -16,12 +16,7 @@ PAGE = ROOT / "docs/quickstart.md"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_outputs", ROOT / "docs/quickstart_outputs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(ROOT / "docs/quickstart_outputs.py")
 
 
 @pytest.mark.slow
@@ -44,6 +39,17 @@ ready after 12.1 s (device 3.00) KV cache: 1600 tokens in 100 blocks; first toke
     assert script.differences(one, other) == []
     for given, wrong in (("status=200", "status=500"), ("tokens=138", "tokens=139"), (": 4", ": 0"), ("id", "di")):
         assert len(script.differences(one, other.replace(given, wrong))) >= 2
+
+
+def test_progress_bars_of_a_slow_machine_are_not_shown(script: ModuleType) -> None:
+    drawn = "import sys, tqdm\nfor _ in tqdm.trange(3, desc='Loading weights', mininterval=0, file=sys.stdout): pass\n"
+    steps = script.Steps(Path(sys.executable).parent)
+    try:
+        assert steps.run("bash", f"echo 55% | cat\npython - <<'END'\n{drawn}END\necho '| a | b |'\n") == (
+            "55%\n| a | b |\n"
+        )
+    finally:
+        steps.close()
 
 
 def test_a_step_that_fails_is_told(script: ModuleType, tmp_path: Path) -> None:

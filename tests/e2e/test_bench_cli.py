@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.pictures import picture
+from support.scripts import module_of
 
 from mm_core.bench import run
 from mm_core.bench.run import Session, Settings
@@ -154,9 +154,7 @@ def test_what_is_printed(reports: tuple[dict[str, Any], Path, str]) -> None:
 def test_table_for_the_docs(reports: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     script = ROOT / "tests/bench/report.py"
     assert subprocess.run([sys.executable, str(script), "--check"], timeout=120, check=False).returncode == 0
-    spec = importlib.util.spec_from_file_location("report", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(script)
     page = (ROOT / "docs/benchmarks/README.md").read_text(encoding="utf-8")
     _, folder, _ = reports
     fresh = module.updated(page, [folder / "all.json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,8 @@ def model(client: Any) -> str:
 @pytest.fixture(scope="module")
 def canary(server: Server) -> Iterator[Canary]:
     """Of that server."""
-    made = Canary(server)
-    yield made
-    made.close()
+    with closing(Canary(server)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,8 @@ def http(reader: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def canary(reader: Server) -> Iterator[Canary]:
-    made = Canary(reader)
-    yield made
-    made.close()
+    with closing(Canary(reader)) as made:
+        yield made
 
 
 def ask(http: httpx.Client, url: Any, stream: bool = False) -> httpx.Response:

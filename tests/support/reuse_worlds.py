@@ -6,18 +6,18 @@ together, and a name (uuid) means one thing within a wave.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from mm_core import Engine, KvCacheConfig, SamplingParams, TextPrompt
 from mm_core.inputs import ChatPrompt
 from support.pictures import frames, picture
+from support.scripts import module_of
 from support.tiny import make_tiny_qwen2vl
 from support.tiny_whisper import make_tiny_whisper, sound
 
@@ -75,21 +75,12 @@ def pictures(folder: Path) -> World:
     return World("pictures", make_tiny_qwen2vl(folder, version="2.5"), tuple(items), marks)
 
 
-def _module(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def sounds(folder: Path) -> World:
     """The guide's plugin, from its source, and the checkpoint of its own tests."""
     if str(EXAMPLE / "src") not in sys.path:
         sys.path.append(str(EXAMPLE / "src"))
     plugin = importlib.import_module("mm_plugin_qwen2audio")
-    checks = _module("qwen2audio_checks", EXAMPLE / "tests" / "test_conformance.py")
+    checks = module_of(EXAMPLE / "tests" / "test_conformance.py", "qwen2audio_checks")
     path = checks.TestQwen2Audio().checkpoint(folder)
     items = tuple(Item("audio", i, checks.sound(90 + i, 0.2 + 0.15 * i)) for i in range(7))
     return World("sounds", path, items, {"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"}, (plugin,))

@@ -75,7 +75,6 @@ def add_cache_sim_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw them against the cache's size (a .png)")
-    parser.set_defaults(usage_error=parser.error)
 
 
 def _positive(text: str) -> int:

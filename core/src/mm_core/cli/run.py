@@ -49,7 +49,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:0"')
     engine.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     engine.add_argument("--disable-kv-cache-reuse", action="store_true", help="compute every prompt in full")
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:

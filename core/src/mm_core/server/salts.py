@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from mm_core.errors import InvalidParamsError, InvalidPromptError
+from mm_core.inputs.caches import TENANT
 from mm_core.inputs.messages import check_salt
 from mm_core.server.config import ServerConfig
 from mm_core.server.context import ANYBODY, Caller
@@ -28,7 +29,7 @@ def combine(caller: Caller, cache_salt: str | None) -> str | None:
     except InvalidPromptError as error:
         raise InvalidParamsError(str(error), param="cache_salt") from None
     joined = _digest("joined", caller.salt or "", cache_salt)
-    return joined if caller.salt is None else caller.salt[:32] + joined[32:]
+    return joined if caller.salt is None else caller.salt[:TENANT] + joined[TENANT:]
 
 
 def _digest(*parts: str) -> str:
