@@ -36,6 +36,7 @@ def test_ten_times_what_it_takes(narrow):
     with ThreadPoolExecutor(24) as pool:
         found = list(pool.map(lambda _: call(narrow, body(60)), range(24)))
     taken = [reply for reply, _ in found if reply.status_code == 200]
+    answered = sorted(ms_of(narrow, reply) for reply in taken)
     refused = [(reply, seconds) for reply, seconds in found if reply.status_code != 200]
     assert len(taken) >= 6
     assert len(refused) >= 5
@@ -45,7 +46,7 @@ def test_ten_times_what_it_takes(narrow):
         assert reply.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(reply.headers["retry-after"]) <= 60
     took = [ms_of(narrow, reply) for reply, _ in refused]
-    assert sorted(took)[len(took) // 2] < 100.0, took
+    assert sorted(took)[len(took) // 2] < answered[len(answered) // 2] / 2, (took, answered)  # at once, not in turn
     gate = narrow.stats()["gate"]
     assert (gate["running"], gate["waiting"], gate["bytes_held"]) == (0, 0, 0)
 

@@ -14,6 +14,7 @@ from mm_core.server import openapi
 from mm_core.server.config import ServerConfig
 from mm_core.server.context import ServerContext
 from mm_core.server.cors import CorsMiddleware
+from mm_core.server.desk import Desk
 from mm_core.server.gate import Gate
 from mm_core.server.intake import MediaIntake
 from mm_core.server.metrics import Metrics
@@ -48,8 +49,9 @@ def build_context(engine: AsyncEngine, config: ServerConfig) -> ServerContext:
         gate.keep_ahead(lambda: engine.num_started, max(engine.config.max_num_seqs // _AHEAD, 8))
     name = config.served_model_name or _name(engine.info.name)
     counters = Metrics(name)
-    intake = MediaIntake.for_engine(config.media, engine, counters.on_media)
-    return ServerContext(engine, config, gate, intake, counters, name)
+    desk = Desk()
+    intake = MediaIntake.for_engine(config.media, engine, desk, counters.on_media)
+    return ServerContext(engine, config, desk, gate, intake, counters, name)
 
 
 def _name(model: str) -> str:

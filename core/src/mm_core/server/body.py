@@ -16,7 +16,10 @@ from mm_core.server.routing import Route
 
 T = TypeVar("T", bound=BaseModel)
 
-_LARGE = 2**17  # bytes from which on a body is parsed in a thread
+# Bytes from which on a body is parsed in a thread: of all of it, and of what is left without long texts, of which a
+# byte takes fifty times as long.
+_LARGE = 2**22
+_LARGE_JSON = 2**16
 # Of one body less its media. Nothing else runs while a reader is at work, in a thread or not; and so much text fits
 # into no model's context.
 _MAX_JSON = 2**23
@@ -62,15 +65,29 @@ async def read_model(request: Request, model: type[T]) -> T:
     if kind != "application/json" and not kind.endswith("+json"):
         raise InvalidBodyError("The body must be JSON: send Content-Type: application/json.", param="Content-Type")
     body = await read_body(request, limit=limit, timeout_s=config.body_timeout_s)
-    found = await asyncio.to_thread(parse_model, body, model) if len(body) >= _LARGE else parse_model(body, model)
+    found: T | None = None
+    if len(body) < _LARGE:
+        found = await context_of(request).desk.do(lambda: _parse_soon(body, model))
+    if found is None:
+        found = await asyncio.to_thread(parse_model, body, model)
     if config.log_prompts:
         log_asked(call_of(request).request_id, found.model_dump(exclude_unset=True))
     return found
 
 
+def _parse_soon(body: bytes, model: type[T]) -> T | None:
+    """As `parse_model`; None where it would take long."""
+    short = _without_long_texts(body)
+    return _parse(body, short, model) if len(short) < _LARGE_JSON else None
+
+
 def parse_model(body: bytes, model: type[T]) -> T:
     """JSON text to a model. Raises InvalidBodyError, BodyTooLargeError, or what a validator of the model raised."""
-    short = _without_long_texts(body) if len(body) > _LONG else body
+    return _parse(body, _without_long_texts(body), model)
+
+
+def _parse(body: bytes, short: bytes, model: type[T]) -> T:
+    """The same. short: the body without its long texts."""
     if len(short) > _MAX_JSON:
         raise BodyTooLargeError(
             f"The body holds more than {_MAX_JSON} bytes beside its media, which no model's context takes. Media are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -15,6 +16,11 @@ Seconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _half_the_processors() -> int:
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(there // 2, 2), 8)
+
+
 class MediaConfig(Settings):
     """What media a request may bring, and from where. All ceilings hold before bytes or pixels are in memory.
 
@@ -22,9 +28,9 @@ class MediaConfig(Settings):
     not fetched at all. allowed_path: directory that `file:` URLs may read below; None: none may.
     max_part_bytes: encoded bytes of one item. max_image_pixels, max_video_frames, max_audio_seconds: of one item.
     max_total_bytes, max_decoded_bytes, max_items: of one request, over all modalities. fetch_timeout_s: for one URL,
-    all in all; max_redirects: each is checked as the first address was. decode_workers: processes that decode media,
-    each bounded in memory (decode_memory_bytes) and time (decode_timeout_s); 0: threads of the server's own process
-    (no bounds).
+    all in all; max_redirects: each is checked as the first address was. decode_workers: processes that decode media (by
+    itself half as many as there are processors, 2 to 8), each bounded in memory (decode_memory_bytes) and time
+    (decode_timeout_s); 0: threads of the server's own process (no bounds).
     """
 
     allowed_domains: tuple[str, ...] = ()
@@ -39,7 +45,7 @@ class MediaConfig(Settings):
     fetch_timeout_s: Seconds = 15.0
     max_redirects: Annotated[int, Field(ge=0, le=10)] = 0
     allow_http: bool = False
-    decode_workers: Annotated[int, Field(ge=0, le=64)] = 2
+    decode_workers: Annotated[int, Field(ge=0, le=64)] = Field(default_factory=_half_the_processors)
     decode_memory_bytes: Bytes = 2 * 2**30
     decode_timeout_s: Seconds = 20.0
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from mm_core.engine.async_engine import AsyncEngine
     from mm_core.server.config import ServerConfig
+    from mm_core.server.desk import Desk
     from mm_core.server.gate import Gate
     from mm_core.server.intake import MediaIntake
     from mm_core.server.metrics import Metrics
@@ -62,6 +63,7 @@ class ServerContext:
 
     engine: AsyncEngine
     config: ServerConfig
+    desk: Desk
     gate: Gate
     intake: MediaIntake
     metrics: Metrics

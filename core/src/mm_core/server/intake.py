@@ -23,6 +23,7 @@ from mm_core.media.encoded import decode_base64, decode_data_url
 from mm_core.server.addresses import blocked
 from mm_core.server.config import MediaConfig
 from mm_core.server.context import Call
+from mm_core.server.desk import Desk
 from mm_core.server.fetcher import Network, UrlFetcher
 from mm_core.server.files import FileReader
 from mm_core.server.shares import Shares
@@ -35,7 +36,7 @@ Encoded = bytes | list[bytes]
 """A file, or the frames of a video, each a picture by itself."""
 _URL_PARTS: Mapping[str, Modality] = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
 _DIRECT: Mapping[str, Modality] = {"image": "image", "video": "video", "audio": "audio"}
-_QUICK = 2**18  # characters of base64 that are decoded where they are
+_QUICK = 2**20  # characters of base64 that are decoded where they are: in less than a millisecond
 _AT_ONCE = 4  # items of one call that are read at a time
 _FETCHING = 64
 
@@ -82,6 +83,7 @@ class MediaIntake:
         modalities: Sequence[Modality] = MODALITIES,
         limits: Mapping[str, int] | None = None,
         *,
+        desk: Desk | None = None,
         network: Network | None = None,
         on_fetch: Callable[[float], None] | None = None,
     ) -> None:
@@ -92,17 +94,18 @@ class MediaIntake:
         self._files = None if config.allowed_path is None else FileReader(config.allowed_path)
         self._limits = MediaLimits(max_encoded_bytes=config.max_part_bytes, max_video_frames=config.max_video_frames)
         self._on_fetch = on_fetch
+        self._desk = desk or Desk()
         self.fetching = Shares(_FETCHING)
 
     @classmethod
     def for_engine(
-        cls, config: MediaConfig, engine: AsyncEngine, on_fetch: Callable[[float], None] | None = None
+        cls, config: MediaConfig, engine: AsyncEngine, desk: Desk, on_fetch: Callable[[float], None] | None = None
     ) -> MediaIntake:
         """With the modalities of the engine's model and the engine's limits."""
         info, limits = engine.info, dict(engine.config.limit_mm_per_prompt)
         for modality, count in info.limits.items():
             limits[modality] = min(count, limits.get(modality, count))
-        return cls(config, info.modalities, limits, on_fetch=on_fetch)
+        return cls(config, info.modalities, limits, desk=desk, on_fetch=on_fetch)
 
     async def read_messages(self, messages: Sequence[Mapping[str, Any]], call: Call) -> list[dict[str, Any]]:
         """Messages with OpenAI's parts to messages whose media are bytes: `{"type": "image", "image": bytes,
@@ -204,10 +207,11 @@ class MediaIntake:
 
     async def _content(self, item: _Wanted, text: str, room: int, call: Call) -> Encoded:
         if item.plain:
-            return await _apart(len(text), partial(decode_base64, text, item.modality, self._limits.max_encoded_bytes))
+            limit = self._limits.max_encoded_bytes
+            return await self._apart(len(text), partial(decode_base64, text, item.modality, limit))
         scheme = text[:9].partition(":")[0].lower()
         if scheme == "data":
-            return await _apart(len(text), partial(decode_data_url, text, item.modality, self._limits))
+            return await self._apart(len(text), partial(decode_data_url, text, item.modality, self._limits))
         if scheme in ("http", "https"):
             return await self._fetch(text, room, call)
         if scheme == "file":
@@ -224,10 +228,9 @@ class MediaIntake:
             if self._on_fetch is not None:
                 self._on_fetch(time.perf_counter() - start)
 
-
-async def _apart(length: int, decode: Callable[[], Encoded]) -> Encoded:
-    """Decode here if it takes no time, else in a thread."""
-    return decode() if length <= _QUICK else await asyncio.to_thread(decode)
+    async def _apart(self, length: int, decode: Callable[[], Encoded]) -> Encoded:
+        """Decode here if it takes little time, else in a thread."""
+        return await (self._desk.do(decode, first=True) if length <= _QUICK else asyncio.to_thread(decode))
 
 
 def points_elsewhere(values: Iterable[Any]) -> bool:

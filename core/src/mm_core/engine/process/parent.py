@@ -61,7 +61,8 @@ from mm_core.types import FinishReason
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 2**18  # bytes that are sent together
+_BATCH = 2**16  # bytes that are sent together
+_BATCH_S = 0.001  # how long they wait for each other
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,14 @@ class Child:
     # -- sending ---------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        frames = bytearray()
+        frames, due = bytearray(), 0.0
         while (message := self._outbox.get()) is not None:
+            due = due if frames else time.perf_counter() + _BATCH_S
             try:
                 frames += self._frames(message)
             except Exception as error:  # of one message, whatever it is
                 self._refuse(message, error)
-            if self._outbox.empty() or len(frames) > _BATCH:
+            if self._outbox.empty() or len(frames) > _BATCH or time.perf_counter() >= due:
                 try:
                     self._channel.send_frames(frames)
                 except OSError:
