@@ -4,8 +4,9 @@
 
 --plots draws the pictures of `mm bench --report` from the traces in DIR instead, for runs on a machine
 without matplotlib. Without files, every docs/benchmarks/mm-bench-*.json is taken; kv-*.json are runs that differ
-in the KV cache's dtype. Other engines' figures beside ours are those of docs/benchmarks/peers-h100.json; they
-stand only beside runs on the same kind of device and model.
+in the KV cache's dtype, serve-*.json are of `mm bench serve`, with the model and the device in their label. Other
+engines' figures beside ours are those of docs/benchmarks/peers-h100.json; they stand only beside runs on the same
+kind of device and model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- mm-bench:begin -->", "<!-- mm-bench:end -->"
+SERVE_BEGIN, SERVE_END = "<!-- serve:begin -->", "<!-- serve:end -->"
 KV_BEGIN, KV_END = "<!-- kv-dtypes:begin -->", "<!-- kv-dtypes:end -->"
 PEER_DEVICE = "H100"
 
@@ -159,12 +161,51 @@ def kv_table(files: Sequence[Path]) -> str:
     )
 
 
+def serve_cell(key: str, values: Any) -> str:
+    """A rate, or p50 and p99 of a latency."""
+    if values is None:
+        return "–"
+    if key == "requests_per_s":
+        return f"{values:.1f} requests/s"
+    median, tail = values
+    return f"{median:.1f} / {tail:.1f} ms"
+
+
+def serve_table(files: Sequence[Path]) -> str:
+    """Runs of load on a server, beside the peers' on the same kind of machine."""
+    peers = json.loads((DOCS / "peers-h100.json").read_text(encoding="utf-8"))["models"]
+    lines = ["| workload | | measured | vLLM | goal |", "|---|---|---|---|---|"]
+    names = {"requests_per_s": "rate", "ttft_ms": "first token p50 / p99", "inter_token_ms": "between tokens p50 / p99"}
+    about = []
+    for path in files:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Any] = next((each["serve"] for name, each in peers.items() if name in found["label"]), {})
+        about.append(f"{found['label']}, written {found['written'][:10]}")
+        for result in found["results"]:
+            peer = known.get(result["workload"], {})
+            for key, name in names.items():
+                value = result[key]
+                if (key == "requests_per_s") == result["load"]["stream"] or value is None:
+                    continue
+                ours = value if key == "requests_per_s" else (value["p50"], value["p99"])
+                vllm, goal = (serve_cell(key, peer.get(who, {}).get(key)) for who in ("vllm", "goal"))
+                lines.append(f"| {result['workload']} | {name} | **{serve_cell(key, ours)}** | {vllm} | {goal} |")
+            if result["health"]:
+                tail = result["health"]["latency_ms"]["p99"]
+                lines.append(f"| {result['workload']} | `/health` p99 meanwhile | **{tail:.1f} ms** | – | 50 ms |")
+    if not about:
+        return "No run is kept here yet."
+    return "\n".join([*lines, "", f"{'; '.join(about)}. Written by `tests/bench/report.py`."])
+
+
 def updated(text: str, files: Sequence[Path] = (), short: bool = False) -> str:
     """The page with everything between its markers made anew."""
     given = files or sorted(DOCS.glob("mm-bench-*.json"))
     sections = [section(json.loads(path.read_text(encoding="utf-8")), short) for path in given]
     body = "\n\n".join([*sections, "Written by `tests/bench/report.py`."]) if sections else "No run is kept here yet."
     text = between(text, BEGIN, END, body)
+    if SERVE_BEGIN in text:
+        text = between(text, SERVE_BEGIN, SERVE_END, serve_table(sorted(DOCS.glob("serve-*.json"))))
     return between(text, KV_BEGIN, KV_END, kv_table(sorted(DOCS.glob("kv-*.json")))) if KV_BEGIN in text else text
 
 
