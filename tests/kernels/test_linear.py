@@ -1,14 +1,16 @@
-"""Projections by a few rows: the stream of W for one row, Hopper's stream-K kernel, and the choice between them."""
+"""Projections: the stream of W for one row, Hopper's stream-K kernel for few, its tiles with an activation for many,
+and the choice between them."""
 
 import itertools
 
 import pytest
 import torch
+from kernels import cases
 from kernels.cases import BACKENDS, CUDA, HALF_TYPES, assert_close, device_of, dtypes_of, randn
 
 from mm_core import kernels
 from mm_core.kernels import reference
-from mm_core.kernels.linear import MOST_ROWS
+from mm_core.kernels.linear import MANY_ROWS, MOST_ROWS
 from mm_core.layers import GatedMLP, Linear
 
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
@@ -37,6 +39,8 @@ def test_on_this_machine(rows, size):
         assert_close(kernels.gated_linear(x, weight), reference.gated_linear(x, weight))
         assert kernels.gated_linear(x[None], weight).shape == (1, rows, size[0] // 2)
         assert_close(kernels.gelu_linear(x, weight, bias), reference.gelu_linear(x, weight, bias))
+        assert_close(kernels.quick_gelu_linear(x, weight, bias), reference.quick_gelu_linear(x, weight, bias))
+        assert torch.equal(kernels.quick_gelu_linear(x[None], weight)[0], kernels.quick_gelu_linear(x, weight))
         scale, shift = (randn(size[1], seed=i, device=device, dtype=dtype) for i in (4, 5))
         norm = kernels.AddNorm(randn(rows, size[1], seed=6, device=device, dtype=dtype), scale, shift, 1e-5)
         for gelu in (False, True):
@@ -120,6 +124,83 @@ def test_chosen_kernels(projection, rows):
         others = x.clone()
         others[1:] = float("inf")
         assert torch.equal(run(others)[0], found[0])
+
+
+ACTIVATED = {"silu": "gated_linear", "quick_gelu": "quick_gelu_linear", "gelu": "gelu_linear"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ACTIVATED)
+@pytest.mark.parametrize("tiles", [(64, 4, 16, 1), (64, 3, 2, 2), (128, 2, 8, 1)], ids=str)
+def test_many_rows(act, tiles):
+    """More tiles than programs; tiles beyond the last row, column and feature; a row alone and in other company."""
+    if not (cases.COMPILING or HOPPER):
+        pytest.skip("Gluon has no interpreter, and its kernel is written for sm_90")
+    from mm_core.kernels._triton.linear_tiles import TilesConfig, linear_tiles
+
+    config, device = TilesConfig(*tiles), torch.device("cuda" if CUDA else "cpu")
+    sizes = [(1, 144, 64), (777, 4080, 328), (3000, 2560, 1280)]
+    for dtype, (rows, count, width) in zip((*HALF_TYPES, torch.bfloat16), sizes, strict=True):
+        x, weight, bias = operands(rows, count, width, seed=11, device=device, dtype=dtype)
+        bias = None if act == "silu" else bias
+        out = linear_tiles(x, weight, bias, config, act)
+        given = (x, weight) if act == "silu" else (x, weight, bias)
+        assert_close(out, getattr(reference, ACTIVATED[act])(*given))
+        assert torch.equal(out, linear_tiles(x, weight, bias, config, act))
+        few = min(rows, 70)
+        assert torch.equal(out[:few], linear_tiles(x[:few], weight, bias, config, act))
+        others = x.clone()
+        others[1:] = float("inf")
+        assert torch.equal(out[0], linear_tiles(others, weight, bias, config, act)[0])
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ACTIVATED)
+def test_many_rows_are_taken(act, monkeypatch):
+    """By the ops, once there is a rule; also inside a CUDA graph, and for x with more dimensions."""
+    from mm_core.kernels._triton import linear_choice
+    from mm_core.kernels._triton.linear_tiles import TilesConfig
+
+    config, device = TilesConfig(), torch.device("cuda")
+    monkeypatch.setattr(linear_choice, "TILES", {act: (2048, config)})
+    x, weight, bias = operands(2050, 2560, 1280, seed=12, device=device, dtype=torch.bfloat16)
+    given = (weight,) if act == "silu" else (weight, bias)
+    op = getattr(kernels, ACTIVATED[act])
+    found = op(x, *given)
+    assert torch.equal(found, linear_choice.linear_tiles(x, weight, None if act == "silu" else bias, config, act))
+    assert_close(op(x[:2047], *given), getattr(reference, ACTIVATED[act])(x[:2047], *given))
+    assert torch.equal(op(x.unflatten(0, (2, 1025)), *given).flatten(0, 1), found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(x, *given)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, found)
+
+
+def test_many_rows_choice(monkeypatch):
+    """Only with a rule, from its rows on, and where the sizes fit; what rules there are can be launched."""
+    pytest.importorskip("triton.experimental.gluon")
+    from mm_core.kernels._triton import linear_choice
+    from mm_core.kernels._triton.linear_tiles import TilesConfig
+
+    for least, config in (*linear_choice.TILES.values(), (MANY_ROWS, TilesConfig())):
+        assert least >= MANY_ROWS
+        assert config.shared_memory + 2048 <= 227 * 1024
+        assert config.buffers in (1, 2)
+        assert config.block_k % 64 == 0
+    config = TilesConfig(band=8)
+    monkeypatch.setattr(linear_choice, "TILES", {"silu": (4096, config), "quick_gelu": (2048, config)})
+    choose = linear_choice.many_rows
+    assert choose(4096, 37888, 3584, "silu") is config
+    assert choose(4095, 37888, 3584, "silu") is None
+    assert choose(4095, 5120, 1280, "quick_gelu") is config
+    assert choose(4095, 5120, 1280, "gelu") is None, "no rule"
+    assert choose(8192, 6840, 1280, "silu") is None, "features do not come in eights"
+    assert choose(8192, 6840, 1280, "quick_gelu") is config
+    assert choose(8192, 6840, 1284, "quick_gelu") is None
+    assert choose(8192, 512, 1280, "quick_gelu") is None
 
 
 def test_choice_fits():

@@ -194,7 +194,7 @@ def test_the_loop_goes_on_while_bytes_are_decoded() -> None:
 def test_sizes_are_bounded_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(user(image(url_of(bytes(999)))), max_part_bytes=999)
     refused(MediaTooLargeError, user(*[image(url_of(bytes(900)))] * 3), "media_too_large", max_total_bytes=2500)
-    monkeypatch.setattr("mm_core.media.encoded.binascii.a2b_base64", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("mm_core.media.encoded.msgspec.convert", lambda *a, **k: pytest.fail("decoded"))
     refused(MediaTooLargeError, user(image(url_of(bytes(1002)))), "media_too_large", max_part_bytes=999)
 
 

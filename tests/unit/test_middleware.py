@@ -30,6 +30,7 @@ from mm_core.errors import (
 from mm_core.server.app import build_app
 from mm_core.server.config import ServerConfig
 from mm_core.server.context import Call, ServerContext, call_of
+from mm_core.server.desk import Desk
 from mm_core.server.failures import json_reply
 from mm_core.server.gate import Gate
 from mm_core.server.routing import Route
@@ -51,7 +52,7 @@ class Counters:
 def app_of(handler: Any, *, method: str = "POST", **config: Any) -> tuple[Starlette, ServerContext, Counters]:
     counters = Counters()
     parts: dict[str, Any] = {"engine": None, "intake": None, "metrics": counters, "model_name": "m"}
-    context = ServerContext(config=ServerConfig(**config), gate=Gate(2, 2), **parts)
+    context = ServerContext(config=ServerConfig(**config), desk=Desk(), gate=Gate(2, 2), **parts)
     routes = [Route("/x", method, handler), Route("/health", "GET", fine, access="open", essential=True)]
     return build_app(context, routes), context, counters
 

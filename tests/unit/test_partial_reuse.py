@@ -138,6 +138,22 @@ def test_other_positions_end_what_is_in_common() -> None:
     assert cached == [0, 12, 16, 14, 12]
 
 
+def test_the_end_of_a_picture_is_copied_however_few_tokens_it_has() -> None:
+    """Else the whole of it would be encoded again; texts alone are copied from `copy_tokens` on."""
+    world = World(copy_tokens=6, block_size=8, max_tokens=64)
+    picture = feature("a", 8)
+    cached = []
+    for last in (60, 70):
+        (seq,) = world.add(make_request("r", [*range(10, 13), *[picture], last, *range(40, 50)], greedy(1)))
+        world.run()
+        cached.append(seq.num_cached_tokens)
+    assert cached == [0, 11]  # the first block, and the three last rows of the picture
+    assert world.scheduler.stats.encoded_rows == 8
+    (seq,) = world.add(make_request("r", [*range(10, 13), *[picture], 60, 40, 99, 98], greedy(1)))
+    world.run()
+    assert seq.num_cached_tokens == 8 + 3 + 2
+
+
 # -- the same in any order ----------------------------------------------------------------------------------------
 
 

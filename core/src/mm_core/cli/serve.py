@@ -90,7 +90,7 @@ def _add_media(group: Any) -> None:
         ("max-items", int, "of one call (default 64)"),
         ("fetch-timeout-s", float, "for one URL (default 15)"),
         ("max-redirects", int, "of one URL (default 0)"),
-        ("decode-workers", int, "processes that decode media; 0: threads of the server (default 2 to 8, by processors)"),
+        ("decode-workers", int, "processes that decode media, by itself 2 to 8; 0: threads of the server"),
         ("decode-memory-bytes", int, "of one decode worker (default 2 GiB)"),
         ("decode-timeout-s", float, "for one item (default 20)"),
     ):

@@ -34,7 +34,7 @@ from mm_core.runner.memory import GRAPH_BYTES, KVCache, block_bytes, count_block
 from mm_core.runner.probe import Budgets, measure_step
 from mm_core.runner.rehearsal import noise_features
 from mm_core.runner.runner import ModelRunner, RunnerLimits, resolve_device
-from mm_core.scheduler.plan import COPY_TOKENS, SchedulerConfig
+from mm_core.scheduler.plan import COPY_TOKENS, GPU_COPY_TOKENS, SchedulerConfig
 from mm_core.scheduler.policy import POLICIES
 from mm_core.scheduler.scheduler import Scheduler
 from mm_core.structured.grammars import Grammars
@@ -336,7 +336,7 @@ def _make_scheduler(model: LoadedModel, config: EngineConfig, num_blocks: int, m
             max_model_len=max_model_len,
             enable_block_reuse=config.kv_cache_config.enable_block_reuse,
             source_budget=_source_budget(model, config),
-            copy_tokens=COPY_TOKENS,
+            copy_tokens=COPY_TOKENS if model.device.type == "cpu" else GPU_COPY_TOKENS,
         ),
         BlockPool(num_blocks, config.kv_cache_config.block_size),
         EncoderCache(config.encoder_cache_tokens),

@@ -7,7 +7,7 @@ Triton is imported only when a Triton path is taken, so this package works where
 from mm_core.kernels.activation import silu_and_mul
 from mm_core.kernels.gelu import quick_gelu_
 from mm_core.kernels.kv_write import kv_write
-from mm_core.kernels.linear import AddNorm, gated_linear, gelu_linear, linear, norm_linear
+from mm_core.kernels.linear import AddNorm, gated_linear, gelu_linear, linear, norm_linear, quick_gelu_linear
 from mm_core.kernels.norm import add_layer_norm_, add_rms_norm_, rms_norm
 from mm_core.kernels.paged_attention import paged_attention
 from mm_core.kernels.patchify import patchify
@@ -28,6 +28,7 @@ __all__ = [
     "paged_attention",
     "patchify",
     "quick_gelu_",
+    "quick_gelu_linear",
     "rms_norm",
     "rope_",
     "rope_kv_write_",

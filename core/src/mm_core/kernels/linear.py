@@ -1,17 +1,21 @@
 """Projections: y = x Wᵀ + b, and the gated pair that opens a feed-forward layer."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm_core.kernels.activation import silu_and_mul
+from mm_core.kernels.gelu import quick_gelu_
 from mm_core.kernels.norm import add_layer_norm_
 
 MOST_ROWS = 128  # beyond them the library's kernels are the faster ones
+MANY_ROWS = 1024  # from here on it may pay to have the activation in the same kernel
 _HALF = (torch.bfloat16, torch.float16)
+
+Activation = Literal["silu", "quick_gelu", "gelu"]  # silu: of the first half, times the second
 
 
 class AddNorm(NamedTuple):
@@ -42,16 +46,35 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     x: [..., K]; weight: [2 F, K]. Returns [..., F]. Where one kernel does it all (see `linear`), gate and up
     stay in float32 and the result is rounded once; elsewhere they are rounded before `silu_and_mul`.
     """
-    if x.dtype in _HALF and x.device.type == "cuda" and (y := _measured(x, weight, None, gated=True)) is not None:
-        return y
+    if x.dtype in _HALF and x.device.type == "cuda":
+        y = _measured(x, weight, None, gated=True)
+        if y is None:
+            y = _activated(x, weight, None, "silu")
+        if y is not None:
+            return y
     both = F.linear(x, weight)
     return silu_and_mul(both.view(-1, weight.shape[0])).view(*x.shape[:-1], weight.shape[0] // 2)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu(x Wᵀ + b), the exact one (Hendrycks & Gimpel 2016), with the roundings of `linear` and `F.gelu`."""
+    """gelu(x Wᵀ + b), the exact one (Hendrycks & Gimpel 2016), with the roundings of `linear` and `F.gelu`; rounded
+    once where one kernel does it for many rows (see `quick_gelu_linear`)."""
     y = _one_row(x, weight, bias, None, gelu=True)
-    return F.gelu(linear(x, weight, bias)) if y is None else y[0]
+    if y is not None:
+        return y[0]
+    many = _activated(x, weight, bias, "gelu")
+    return F.gelu(linear(x, weight, bias)) if many is None else many
+
+
+def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`quick_gelu_` of x Wᵀ + b.
+
+    x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N]. Where one kernel does it (many rows of 16 bits on a
+    Hopper GPU, sizes for which that was measured to be faster), everything before the result stays in float32 and
+    is rounded once; elsewhere x Wᵀ + b is rounded before.
+    """
+    y = _activated(x, weight, bias, "quick_gelu")
+    return quick_gelu_(linear(x, weight, bias)) if y is None else y
 
 
 def norm_linear(
@@ -91,6 +114,19 @@ def _measured(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) ->
     from mm_core.kernels._triton import linear_choice as impl
 
     y = impl.run(x.reshape(rows, width), weight, bias, gated=gated)
+    return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> Tensor | None:
+    """Many rows' product and activation by one kernel, or None where two are faster or ours does not fit."""
+    width = x.shape[-1]
+    if x.device.type != "cuda" or x.dtype not in _HALF or x.numel() < MANY_ROWS * width:
+        return None
+    if weight.dtype != x.dtype or not _on_hopper(x.device):
+        return None
+    from mm_core.kernels._triton import linear_choice as impl
+
+    y = impl.run_many(x.reshape(-1, width), weight, bias, act)
     return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -242,6 +242,12 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return (0.5 * y * (1.0 + torch.erf(y * 0.5**0.5))).to(x.dtype)
 
 
+def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `mm_core.kernels.quick_gelu_linear`; rounded once."""
+    y = x.float() @ weight.float().T
+    return quick_gelu_(y if bias is None else y + bias.float()).to(x.dtype)
+
+
 def norm_linear(
     x: Tensor, norm: AddNorm, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The small vocabulary that decoders, towers and encoders are written in.
 
-Modules create their parameters empty on a given device and dtype (no initialisation: the
-checkpoint loader fills them) and take everything that describes the batch as an argument.
+Modules create their parameters empty (the checkpoint loader fills them), and are given all that describes a batch.
 """
 
 from mm_core.layers.attention import PagedAttention
@@ -9,7 +8,7 @@ from mm_core.layers.captured import CapturedPasses
 from mm_core.layers.context import AttentionMetadata, ForwardContext, LayerCache
 from mm_core.layers.embedding import Embedding
 from mm_core.layers.linear import Linear, MergedLinear
-from mm_core.layers.mlp import GatedMLP, project_normed
+from mm_core.layers.mlp import GatedMLP, project_activated, project_normed
 from mm_core.layers.norm import LayerNorm, RMSNorm
 from mm_core.layers.packing import PackedWeight, pack
 from mm_core.layers.parameter import empty_parameter
@@ -35,6 +34,7 @@ __all__ = [
     "RotaryEmbedding",
     "empty_parameter",
     "pack",
+    "project_activated",
     "project_normed",
     "rope_inv_freq",
 ]

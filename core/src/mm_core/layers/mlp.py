@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_core.kernels.activation import silu_and_mul
-from mm_core.kernels.linear import AddNorm, gated_linear, norm_linear
+from mm_core.kernels.gelu import quick_gelu_
+from mm_core.kernels.linear import AddNorm, gated_linear, norm_linear, quick_gelu_linear
 from mm_core.layers.linear import Linear, MergedLinear
 from mm_core.layers.norm import LayerNorm
 
@@ -22,6 +25,13 @@ def project_normed(
         return norm_linear(x, before, projection.weight, projection.bias, gelu=gelu)
     y = projection(norm.add_(x, residual))
     return F.gelu(y) if gelu else y, residual
+
+
+def project_activated(projection: Linear, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """act(projection(x)); act may use up what it is given. By one kernel where there is one for both."""
+    if act is quick_gelu_ and projection.packed is None:
+        return quick_gelu_linear(x, projection.weight, projection.bias)
+    return act(projection(x))
 
 
 class GatedMLP(nn.Module):

@@ -9,15 +9,18 @@ from mm_core.scheduler.outlook import Future
 from mm_core.scheduler.sequence import EncodeItem, ScheduledSequence, Sequence
 from mm_core.scheduler.transfers import BlockCopy
 
-# A copy takes a step a few launches, whatever a block's size; tests/bench/partial_reuse.py measures what it saves.
+# A copy takes a step a few launches, whatever a block's size, and computing a few tokens more costs a CPU much, a GPU
+# nothing; tests/bench/partial_reuse.py measures both.
 COPY_TOKENS = 4
+GPU_COPY_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     """Limits of a step and of a sequence. encoder_budget is in the encoder's cost units. source_budget: rows of
     sources computed in a step; 0: as many as there are tokens, four times. copy_tokens: how many a block must have in
-    common with a prompt's, behind the same beginning, for these to be copied; 0: nothing is."""
+    common with a prompt's, behind the same beginning, for these to be copied; those that are the end of its media are
+    however few they are. 0: nothing is."""
 
     max_num_seqs: int
     max_num_batched_tokens: int

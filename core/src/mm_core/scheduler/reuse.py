@@ -78,10 +78,13 @@ class BlockReuse:
         only be copied. None where that does not pay."""
         start = hits * self._block_size
         end = min(start + self._block_size, seq.num_tokens - 1)  # the last token is always computed
-        if not self._enabled or not self._copy_tokens or end - start < self._copy_tokens:
+        least = self._copy_tokens
+        if start < seq.media_end <= end:  # else a whole item would be encoded for what is in this block of it
+            least = min(least, seq.media_end - start)
+        if not self._enabled or not least or end - start < least:
             return None
         parent = seq.contents[hits - 1].key if hits else ROOT
-        return self.prefix.most_alike(parent, tuple(seq.token_ids[start:end]), seq.layout, start, self._copy_tokens)
+        return self.prefix.most_alike(parent, tuple(seq.token_ids[start:end]), seq.layout, start, least)
 
     def found(self, seq: Sequence) -> list[int]:
         """The blocks that `look_up` counts, not yet shared."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mm_core.errors import ConfigError
 from mm_core.hookspecs import BuildContext, WeightMap
 from mm_core.kernels import quick_gelu_, varlen_attention
-from mm_core.layers import Embedding, LayerNorm, Linear, MergedLinear, empty_parameter
+from mm_core.layers import Embedding, LayerNorm, Linear, MergedLinear, empty_parameter, project_activated
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu_,
@@ -149,7 +149,7 @@ class TowerMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, width] → [rows, width]."""
-        rows: Tensor = self.fc2(self.act(self.fc1(x)))
+        rows: Tensor = self.fc2(project_activated(self.fc1, self.act, x))
         return rows
 
 

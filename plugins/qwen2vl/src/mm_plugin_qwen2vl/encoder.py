@@ -20,7 +20,16 @@ from torch.nn import functional as F
 from mm_core.errors import ConfigError
 from mm_core.hookspecs import BuildContext, WeightMap
 from mm_core.kernels import quick_gelu_, rope_pair_, varlen_attention
-from mm_core.layers import CapturedPasses, GatedMLP, LayerNorm, Linear, Patchify, RMSNorm, empty_parameter
+from mm_core.layers import (
+    CapturedPasses,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    Patchify,
+    RMSNorm,
+    empty_parameter,
+    project_activated,
+)
 from mm_core.types import MediaFeature, Modality
 from mm_plugin_qwen2vl.layout import Array, Grid, packed_layout
 from mm_plugin_qwen2vl.packing import equal_packs, mixed_packs
@@ -161,7 +170,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[patches, dim] → [patches, dim]."""
-        rows: Tensor = self.fc2(self.act(self.fc1(x)))
+        rows: Tensor = self.fc2(project_activated(self.fc1, self.act, x))
         return rows
 
 
