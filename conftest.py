@@ -33,11 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file run in one, or with all of the group that it names."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes, those of a file run in one."""
+    from support.together import Together
+
+    return Together(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,4 +97,5 @@ def _seeds() -> None:
 
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # For devices that are not there, torch.manual_seed writes down who called it: that takes a millisecond.
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)

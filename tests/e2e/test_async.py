@@ -185,7 +185,10 @@ def test_cancelling_while_media_are_prepared(
     settle(engine)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
 def test_forty_at_once_a_third_cancelled(engine: Engine, shared: AsyncEngine, seed: int) -> None:
     """Nothing leaks, and whoever stays gets exactly what it gets alone."""
     rng = random.Random(seed)

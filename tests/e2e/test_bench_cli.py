@@ -177,7 +177,7 @@ def dataset(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["throughput", "latency"])
+@pytest.mark.parametrize("mode", ["throughput", pytest.param("latency", marks=pytest.mark.slow)])
 def test_dataset(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
     out = tmp_path / "deep" / "out.json"
     argv = ["bench", mode, "--model", str(tiny_path), "--dataset", str(dataset(tmp_path)), "--num-requests", "5"]

@@ -26,21 +26,6 @@ def _handlers() -> Iterator[None]:
 
 
 KEYS = ("key-of-one", "key-of-two")
-# Whose tests use the servers below: in one process of tests, so that each server is started once.
-TOGETHER = {
-    "server": (
-        "admin", "auth", "bench_serve", "chat", "completions", "confinement", "grammar_queue", "http", "media_rows",
-        "models", "openai_client", "overload",
-    ),
-    "whisper": ("audio", "audio_rows"),
-}  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    groups = {f"test_{name}": group for group, names in TOGETHER.items() for name in names}
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.path.stem in groups:
-            item.add_marker(pytest.mark.xdist_group(groups[item.path.stem]))
 
 
 @pytest.fixture(scope="session")

@@ -249,21 +249,11 @@ def test_a_large_file_is_refused_before_it_is_there(whisper: Server) -> None:
     assert sent < 2**26, "all of it was taken"
 
 
-def test_the_client_cannot_name_files(whisper: Server, wanted: Any) -> None:
+def test_the_client_cannot_name_files(whisper: Server, song: str) -> None:
     for name in ("../../etc/passwd", "/dev/zero", "a\0b", "x" * 3000, "name.png"):
-        reply = post(whisper, {**GOOD, "temperature": "0.5", "seed": "5"}, {"file": (name, LONG, "image/png")})
+        reply = post(whisper, {**GOOD, "temperature": "0.5", "seed": "5"}, {"file": (name, SHORT, "image/png")})
         if reply.status_code != 400:  # a head that is too long is no form
-            assert reply.json()["text"] == wanted.text
-
-
-def test_a_model_that_does_not_hear(server: Server) -> None:
-    """The zoo's model, of the server that all tests share."""
-    for route in ("transcriptions", "translations"):
-        reply = post(server, GOOD, FILE, route)
-        error = error_of(reply)
-        assert (reply.status_code, error["code"]) == (404, "task_not_supported")
-        assert "/v1/chat/completions" in error["message"]
-        assert "image" in error["message"]
+            assert reply.json()["text"] == song
 
 
 def test_a_key_is_needed(whisper: Server) -> None:

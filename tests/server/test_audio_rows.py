@@ -75,7 +75,7 @@ BAD_SOUNDS: dict[str, tuple[bytes, int, str]] = {
     "A10 no channels": (patched(PCM, 22, "<H", 0), 400, "invalid_audio"),
     "A10 65535 channels": (patched(PCM, 22, "<H", 65535), 400, "invalid_audio"),
     "A11 FLAC of silence": (wav(np.zeros(RATE * 1200, np.int16), kind="FLAC", subtype="PCM_16"), 413, "audio_too_long"),
-    "A11 Opus of silence": (wav(np.zeros(RATE * 600, np.int16), kind="OGG", subtype="OPUS"), 413, "audio_too_long"),
+    "A11 Opus of silence": (wav(np.zeros(RATE * 120, np.int16), kind="OGG", subtype="OPUS"), 413, "audio_too_long"),
     "A12 no sound in it": (movie(False), 400, "no_audio_stream"),
     "noise": (b"RIFF\0\1\0\0WAVE" + RNG.bytes(500), 400, "invalid_audio"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + RNG.bytes(500), 400, "unsupported_media"),
@@ -85,13 +85,13 @@ BAD_SOUNDS: dict[str, tuple[bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("row", BAD_SOUNDS)
-@pytest.mark.parametrize("stream", ["", "true"])
-def test_bad_recordings(whisper: Server, client: Any, song: str, row: str, stream: str) -> None:
+def test_bad_recordings(whisper: Server, client: Any, song: str, row: str) -> None:
     """Refused with their code, in a stream before its status; the next call gets what it always got."""
     data, status, code = BAD_SOUNDS[row]
-    reply = post(whisper, {**GOOD, "stream": stream}, {"file": ("talk.wav", data)})
-    error = error_of(reply)
-    assert (reply.status_code, error["code"], error["param"]) == (status, code, "file"), error
+    for stream in ("", "true"):
+        reply = post(whisper, {**GOOD, "stream": stream}, {"file": ("talk.wav", data)})
+        error = error_of(reply)
+        assert (reply.status_code, error["code"], error["param"]) == (status, code, "file"), (error, stream)
     assert canary(client) == song
     assert idle(whisper)
 

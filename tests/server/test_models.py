@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from support.hearing import GOOD, SHORT, error_of, post
 from support.serving import Server
 
 from mm_core.server.app import ROUTES
@@ -28,6 +29,16 @@ def test_what_the_model_can_do(http: httpx.Client):
     model = http.get("/v1/models").json()["data"][0]
     assert model["max_model_len"] == 4096
     assert (model["family"], "image" in model["modalities"]) == ("qwen2vl", True)
+
+
+def test_it_does_not_hear(server: Server) -> None:
+    """The audio routes say so, and which route there is."""
+    for route in ("transcriptions", "translations"):
+        reply = post(server, GOOD, {"file": ("talk.wav", SHORT)}, route)
+        error = error_of(reply)
+        assert (reply.status_code, error["code"]) == (404, "task_not_supported")
+        assert "/v1/chat/completions" in error["message"]
+        assert "image" in error["message"]
 
 
 def test_ids_of_a_text_and_back(http: httpx.Client):

@@ -262,7 +262,7 @@ def test_the_theme_can_be_chosen_and_is_kept(browser: Browser, open_server: Serv
         page.wait_for_timeout(100)
 
 
-@pytest.mark.parametrize("width", [360, 768, 1920])
+@pytest.mark.parametrize("width", [360, pytest.param(768, marks=pytest.mark.slow), 1920])
 def test_it_fits(browser: Browser, open_server: Server, width: int) -> None:
     with opened(browser, open_server, viewport={"width": width, "height": 740}) as page:
         drop(page, SCENE.with_name("a-picture-with-quite-a-long-name-of-its-own.jpg"), data=SCENE.read_bytes())

@@ -337,7 +337,9 @@ def test_prompt_tokens_are_met(fake: Fake, tmp_path: Path) -> None:
     assert main(argv) == 1  # a request has 20 tokens here before its text
 
 
-@pytest.mark.parametrize(("workload", "model"), [("serve-text", "digits"), ("serve-burst", "pairs")])
+@pytest.mark.parametrize(
+    ("workload", "model"), [pytest.param("serve-text", "digits", marks=pytest.mark.slow), ("serve-burst", "pairs")]
+)
 def test_prompt_tokens_are_those_of_measured_requests(fake: Fake, tmp_path: Path, workload: str, model: str) -> None:
     argv = ["--workload", workload, "--requests", "12", "--rate", "inf", "--output-tokens", "1", "--prompt-tokens"]
     for wanted in (60, 61, 62, 200):

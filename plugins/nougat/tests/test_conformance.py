@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 from support.pictures import picture
 from support.tiny_nougat import NougatReference, make_tiny_nougat
 
@@ -30,6 +31,7 @@ class TestNougat(Conformance):
         return Answer(token_ids, logits, [0])
 
 
+@pytest.mark.slow
 class TestPaddedWindows(TestNougat):
     """A window of 5 does not divide the grids, and the decoder is wider than the encoder."""
 

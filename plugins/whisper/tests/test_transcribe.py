@@ -80,8 +80,14 @@ def test_english_only_models(engine: Engines, reference: References) -> None:
             model.transcribe((samples, 16000), **wrong)
 
 
-@pytest.mark.parametrize("condition", [False, True])
-@pytest.mark.parametrize("prompt", [None, "The quick brown fox. Der Hund schläft."])
+PROMPT = "The quick brown fox. Der Hund schläft."
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("prompt", "condition"),
+    [(None, True), (PROMPT, True), pytest.param(None, False, marks=SLOW), pytest.param(PROMPT, False, marks=SLOW)],
+)
 def test_text_before_equals_transformers(
     condition: bool, prompt: str | None, engine: Engines, reference: References
 ) -> None:

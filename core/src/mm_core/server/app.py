@@ -36,7 +36,9 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-_AHEAD = 8  # with several keys, what waits in the engine is at most this part of what it can run at once
+# With several keys, what is in the engine without a token is at most this part of what it can run at once: two steps of
+# prompts with pictures, one on the device and one launched behind it, and some for the next.
+_AHEAD = 4
 
 
 def build_context(engine: AsyncEngine, config: ServerConfig) -> ServerContext:
