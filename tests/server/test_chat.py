@@ -355,3 +355,22 @@ def test_the_body_must_be_json_of_this_route(http: httpx.Client, model: str) -> 
         check_error(http.post(URL, content=body, headers={"Content-Type": "application/json"}), 400)
     check_error(ask(http, "another-model"), 404, "model_not_found")
     check_error(http.get(URL), 405)
+
+
+NAMED = (
+    (user({"type": "image_url", "image_url": None, "uuid": "never-seen-here"}, "x"), {}, "messages"),
+    (user(image("data:image/png;base64,AAAA"), "x"), {}, "messages"),
+    (user("word " * 5000), {}, "messages"),
+    (HELLO, {"response_format": {"type": "regex", "pattern": "(" * 3}}, "response_format"),
+    (HELLO, {"structured_outputs": {"regex": "(" * 3}}, "structured_outputs"),
+    (HELLO, {"mm_processor_kwargs": {"unknown": 1}}, "mm_processor_kwargs"),
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_faults_are_told_by_the_names_of_the_call(http: httpx.Client, model: str, stream: bool) -> None:
+    """Also where the engine finds them, whose arguments have other names."""
+    for messages, fields, param in NAMED:
+        reply = ask(http, model, messages, stream=stream, **fields)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, param), error

@@ -7,17 +7,18 @@ is let go of at once.
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from mm_core.config import SamplingParams
-from mm_core.errors import MMError, RequestAbortedError, RequestTimeoutError
+from mm_core.errors import MMError, RequestAbortedError, RequestError, RequestTimeoutError
 from mm_core.server.context import Call, ServerContext
 from mm_core.server.failures import body_of, log_unforeseen
 from mm_core.server.replies import encode, event
@@ -31,10 +32,12 @@ _LAST_WORD_S = 5.0  # how long a client may take to read that its stream failed
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt of a call. make: gives the engine's, media loaded. fetches: whether some are on other servers."""
+    """One prompt of a call. make: gives the engine's, media loaded. fetches: whether some are on other servers. names:
+    what the call's body calls the arguments of the engine that errors name, where that is something else."""
 
     make: Callable[[], Awaitable[Any]]
     fetches: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 async def attend(work: Coroutine[Any, Any, T], call: Call, timeout_s: float) -> T:
@@ -129,7 +132,14 @@ async def _inside(context: ServerContext, call: Call, ask: Ask, params: Sampling
             prompt = await ask.make()
         async with context.gate.enter(call, params.n):
             await fetching.aclose()
-            yield prompt if ask.fetches else await ask.make()
+            try:
+                yield prompt if ask.fetches else await ask.make()
+            except RequestError as error:
+                if (name := ask.names.get(error.param or "")) is None:
+                    raise
+                named = copy.copy(error)  # others may wait for the same picture, and get the same error
+                named.param = name
+                raise named from error.__cause__
 
 
 async def updates(

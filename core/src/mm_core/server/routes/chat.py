@@ -21,6 +21,8 @@ from mm_core.server.replies import ChatEvents, Shape, chat_reply
 from mm_core.server.routing import Route
 from mm_core.server.streaming import Ask, EventStream, answers, attend, json_reply, updates
 
+_NAMES = dict.fromkeys(("multi_modal_data", "multi_modal_uuids", "prompt"), "messages")
+
 
 async def chat(request: Request) -> Response:
     """Answer a conversation."""
@@ -44,7 +46,8 @@ def _ask(body: ChatRequest, context: ServerContext, call: Call) -> Ask:
     async def make() -> ChatPrompt:
         return ChatPrompt(await context.intake.read_messages(messages, call), **options)
 
-    return Ask(make, points_elsewhere(parts))
+    structured = "structured_outputs" if body.response_format is None else "response_format"
+    return Ask(make, points_elsewhere(parts), _NAMES | {"structured": structured})
 
 
 async def _events(context: ServerContext, call: Call, ask: Ask, shape: Shape) -> AsyncGenerator[bytes, None]:

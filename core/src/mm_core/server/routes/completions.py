@@ -75,7 +75,7 @@ def _asks(body: CompletionRequest, context: ServerContext, call: Call) -> list[A
                 return TextPrompt(prompt=prompt, **media, **options)
             return TextPrompt(prompt_token_ids=prompt, **media, **options)
 
-        return Ask(make, points_elsewhere(urls))
+        return Ask(make, points_elsewhere(urls), {"structured": "structured_outputs"})
 
     return [ask_for(prompt) for prompt in body.prompts]
 
