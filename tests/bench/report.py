@@ -191,8 +191,9 @@ def serve_table(files: Sequence[Path]) -> str:
                 vllm, goal = (serve_cell(key, peer.get(who, {}).get(key)) for who in ("vllm", "goal"))
                 lines.append(f"| {result['workload']} | {name} | **{serve_cell(key, ours)}** | {vllm} | {goal} |")
             if result["health"]:
-                tail = result["health"]["latency_ms"]["p99"]
-                lines.append(f"| {result['workload']} | `/health` p99 meanwhile | **{tail:.1f} ms** | – | 50 ms |")
+                tail, goal = result["health"]["latency_ms"]["p99"], peer.get("goal", {}).get("health_ms")
+                wanted = "–" if goal is None else f"{goal} ms"
+                lines.append(f"| {result['workload']} | `/health` p99 meanwhile | **{tail:.1f} ms** | – | {wanted} |")
     if not about:
         return "No run is kept here yet."
     return "\n".join([*lines, "", f"{'; '.join(about)}. Written by `tests/bench/report.py`."])

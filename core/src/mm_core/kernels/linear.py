@@ -35,9 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     not depend on the other rows, only on how many there are, which chooses the kernel. Products by one
     weight must follow each other on a stream.
     """
-    if x.dtype in _HALF and x.device.type == "cuda" and (y := _measured(x, weight, bias, gated=False)) is not None:
-        return y
-    return F.linear(x, weight, bias)
+    y = _measured(x, weight, bias, gated=False)
+    return F.linear(x, weight, bias) if y is None else y
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -46,12 +45,11 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     x: [..., K]; weight: [2 F, K]. Returns [..., F]. Where one kernel does it all (see `linear`), gate and up
     stay in float32 and the result is rounded once; elsewhere they are rounded before `silu_and_mul`.
     """
-    if x.dtype in _HALF and x.device.type == "cuda":
-        y = _measured(x, weight, None, gated=True)
-        if y is None:
-            y = _activated(x, weight, None, "silu")
-        if y is not None:
-            return y
+    y = _measured(x, weight, None, gated=True)
+    if y is None:
+        y = _activated(x, weight, None, "silu")
+    if y is not None:
+        return y
     both = F.linear(x, weight)
     return silu_and_mul(both.view(-1, weight.shape[0])).view(*x.shape[:-1], weight.shape[0] // 2)
 
@@ -96,9 +94,7 @@ def _one_row(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: AddNorm | None, *, gelu: bool
 ) -> tuple[Tensor, Tensor] | None:
     """By the kernel for one row, where there is one row that it fits."""
-    if x.dim() != 2 or x.shape[0] != 1 or x.dtype not in _HALF or x.device.type != "cuda":
-        return None
-    if weight.dtype != x.dtype or not _on_hopper(x.device):
+    if x.dim() != 2 or x.shape[0] != 1 or not _for_ours(x, weight):
         return None
     from mm_core.kernels._triton import linear_choice as impl
 
@@ -107,9 +103,11 @@ def _one_row(
 
 def _measured(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor | None:
     """The product by one of our kernels, or None where torch's is the faster one or none of ours fits."""
+    if not _for_ours(x, weight):
+        return None
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
-    if not 0 < rows <= MOST_ROWS or weight.dtype != x.dtype or not _on_hopper(x.device):
+    if not 0 < rows <= MOST_ROWS:
         return None
     from mm_core.kernels._triton import linear_choice as impl
 
@@ -120,14 +118,17 @@ def _measured(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) ->
 def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation) -> Tensor | None:
     """Many rows' product and activation by one kernel, or None where two are faster or ours does not fit."""
     width = x.shape[-1]
-    if x.device.type != "cuda" or x.dtype not in _HALF or x.numel() < MANY_ROWS * width:
-        return None
-    if weight.dtype != x.dtype or not _on_hopper(x.device):
+    if not _for_ours(x, weight) or x.numel() < MANY_ROWS * width:
         return None
     from mm_core.kernels._triton import linear_choice as impl
 
     y = impl.run_many(x.reshape(-1, width), weight, bias, act)
     return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _for_ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether our kernels take such operands: both of the same 16 bits, on a Hopper GPU."""
+    return x.dtype in _HALF and x.device.type == "cuda" and weight.dtype == x.dtype and _on_hopper(x.device)
 
 
 @cache

@@ -264,15 +264,18 @@ def shared_layout(block: list[int]) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
 
 
-def weight_descriptor(weight: Tensor, block_k: int, gated: bool) -> TensorDescriptor:
-    """64 rows of W. gated: W seen as [F / 8, 2, 8, K], so that a feature's gate and up rows come together."""
-    width, stride = weight.shape[1], weight.stride(0)
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """Tiles of a matrix of 16-bit numbers, rows contiguous, as the tensor cores read them."""
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block, shared_layout(block))
+
+
+def weight_descriptor(weight: Tensor, rows: int, block_k: int, gated: bool) -> TensorDescriptor:
+    """That many rows of W. gated: W seen as [F / 8, 2, 8, K], so that a feature's gate and up rows come together."""
     if not gated:
-        block = [64, block_k]
-        return TensorDescriptor(weight, [weight.shape[0], width], [stride, 1], block, shared_layout(block))
-    count = weight.shape[0] // 2
-    block = [4, 2, 8, block_k]
-    shape, strides = [count // 8, 2, 8, width], [8 * stride, count * stride, stride, 1]
+        return descriptor(weight, [rows, block_k])
+    count, stride = weight.shape[0] // 2, weight.stride(0)
+    block = [rows // 16, 2, 8, block_k]
+    shape, strides = [count // 8, 2, 8, weight.shape[1]], [8 * stride, count * stride, stride, 1]
     return TensorDescriptor(weight, shape, strides, block, shared_layout(block))
 
 
@@ -288,11 +291,10 @@ def hopper(x: Tensor, weight: Tensor, bias: Tensor | None, config: HopperConfig,
     programs = min(tiles * triton.cdiv(width, config.block_k), processors(x.device))
     out = torch.empty((rows, count), dtype=x.dtype, device=x.device)
     partial = torch.empty(2 * programs * config.groups * 64 * config.block_m, dtype=torch.float32, device=x.device)
-    x_block = [config.block_m, config.block_k]
     hopper_kernel[(programs,)](
         out,
-        TensorDescriptor(x, [rows, width], [x.stride(0), 1], x_block, shared_layout(x_block)),
-        weight_descriptor(weight, config.block_k, gated),
+        descriptor(x, [config.block_m, config.block_k]),
+        weight_descriptor(weight, 64, config.block_k, gated),
         bias,
         partial,
         counters(weight),

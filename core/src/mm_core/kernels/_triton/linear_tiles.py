@@ -24,10 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mm_core.kernels._triton import linear_hopper
-from mm_core.kernels._triton.linear_hopper import barrier, copy_in, shared_layout
+from mm_core.kernels._triton.linear_hopper import barrier, copy_in, descriptor, weight_descriptor
 from mm_core.kernels.linear import Activation
 
 # Named anew after Triton 3.6
@@ -204,19 +203,6 @@ def linear_tiles_kernel(
     )
 
 
-def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """Tiles of a matrix of 16-bit numbers, as the tensor cores read them."""
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block, shared_layout(block))
-
-
-def gated_descriptor(weight: Tensor, block_k: int) -> TensorDescriptor:
-    """W seen as [F / 8, 2, 8, K], so that a feature's gate and up rows come together."""
-    count, stride = weight.shape[0] // 2, weight.stride(0)
-    block = [16, 2, 8, block_k]
-    shape, strides = [count // 8, 2, 8, weight.shape[1]], [8 * stride, count * stride, stride, 1]
-    return TensorDescriptor(weight, shape, strides, block, shared_layout(block))
-
-
 def linear_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, config: TilesConfig, act: Activation) -> Tensor:
     """x [M, K], weight [N, K] → act(x Wᵀ + b) [M, N], N a multiple of 8; silu: silu(x Wgᵀ) · (x Wuᵀ), weight
     [2 F, K] with Wg its first half and F a multiple of 8, no bias → [M, F].
@@ -231,7 +217,7 @@ def linear_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, config: TilesCo
     linear_tiles_kernel[(min(tiles, linear_hopper.processors(x.device)),)](
         descriptor(out, [64, 128]),
         descriptor(x, [64, config.block_k]),
-        gated_descriptor(weight, config.block_k) if gated else descriptor(weight, [256, config.block_k]),
+        weight_descriptor(weight, 256, config.block_k, gated),
         bias,
         rows,
         count,
